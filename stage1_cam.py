@@ -32,7 +32,7 @@ import clip
 from eval import (IGNORE, check_inputs, colour_map, find_dataset, read_args, read_label, run, stop, write_json, write_label,
                   write_text, write_whole)
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of grey levels 0..255, R G B
 SAVE_EVERY, LOG_EVERY = 500, 10  # iterations
 
 
@@ -255,8 +255,8 @@ class Log:
 # ================================================================================================================= data
 
 def normalise(image, mean, std):
-    """(H, W, 3) uint8 -> (3, H, W) float32, zero mean and unit variance a channel."""
-    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255
+    """(H, W, 3) uint8 -> (3, H, W) float32, (x - mean) / std per channel, mean and std in grey levels."""
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
     return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 

@@ -5,6 +5,7 @@ OpenAI ships its models as TorchScript archives: a zip of `<name>/data.pkl` (a p
 walks the pickle with an unpickler that can build tensors and plain containers, and nothing else.
 """
 import hashlib
+import io
 import math
 import os
 import pickle
@@ -90,11 +91,18 @@ def plain_list(*args):
     return list(args[0])
 
 
+def read_record(archive, name):
+    """Bytes of a record. torch stores pickles and numbers uncompressed; a zip bomb does not."""
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise pickle.UnpicklingError(f"compressed record {name}")
+    return archive.read(name)
+
+
 class TensorUnpickler(pickle.Unpickler):
     """Knows tensors, modules without behaviour, dicts and lists. Every other global is refused by name."""
 
     def __init__(self, archive, root):
-        super().__init__(archive.open(f"{root}/data.pkl"))
+        super().__init__(io.BytesIO(read_record(archive, f"{root}/data.pkl")))
         self.archive, self.root, self.storages = archive, root, {}
 
     def find_class(self, module, name):
@@ -116,7 +124,7 @@ class TensorUnpickler(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"refused: persistent id {pid!r}")
         if key not in self.storages:
-            data = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+            data = bytearray(read_record(self.archive, f"{self.root}/data/{key}"))
             if len(data) != count * dtype.itemsize:
                 raise pickle.UnpicklingError(f"storage {key} has {len(data)} bytes, not {count} x {dtype.itemsize}")
             self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
@@ -159,14 +167,12 @@ def read_archive(path):
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
-                raise pickle.UnpicklingError("compressed records")  # torch stores them plain; a zip bomb does not
             names = [n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")]
             if len(names) != 1:
                 raise pickle.UnpicklingError("no data.pkl")
             root = names[0].split("/")[0]
             order = f"{root}/byteorder"
-            if order in archive.namelist() and archive.read(order) != b"little":
+            if order in archive.namelist() and read_record(archive, order) != b"little":
                 raise pickle.UnpicklingError("big-endian")
             module = TensorUnpickler(archive, root).load()
             if not isinstance(module, Module):

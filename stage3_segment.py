@@ -1,0 +1,159 @@
+"""Stage 3: an ordinary segmentation network, trained on the pseudo masks as if they were ground truth.
+
+run     python stage3_segment.py --data VOC2012
+reads   VOC2012/JPEGImages/<id>.jpg, runs/VOC2012/2_weakclip/masks/<split>/<id>.png (or --masks DIR)
+writes  runs/VOC2012/3_segment/{args.json, log.jsonl, checkpoint.pt, masks/<split>/<id>.png, preview.png}
+
+Stage 2 has seen its training images' labels; this network needs nothing but the photo, so it is what val and test judge.
+DeepLabV2 (Chen et al., TPAMI 2018) on a torchvision ResNet. # RELEASED another backbone: DeepLabV1 on ResNet-38d.
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from eval import IGNORE, check_inputs, read_label, run
+from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, common_options, crop_or_pad, fit, fix_batchnorm, normalise, open_run,
+                        poly, preview_ids, random_window, resnet, start_run, truth_pictures, write_preview)
+from stage2_weakclip import (MASK_OPTIONS, make_views, mask_options, masks_are_current, resize, resize_image,
+                             write_all_masks)
+
+# (Gaussian sxy, weight), (bilateral sxy, srgb, weight) at test
+SEGMENT_CRF = {"VOC2012": ((1, 3), (112, 2, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
+
+
+# ================================================================================================================ model
+
+class DeepLab(nn.Module):
+    """ResNet at output stride 8 and DeepLabV2's head: four 3x3 convolutions, dilated by 6, 12, 18 and 24, summed."""
+
+    def __init__(self, arch, weights, classes):
+        super().__init__()
+        net = resnet(arch, weights, (2, 4))
+        self.pretrained = weights != "none"
+        self.backbone = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3, net.layer4)
+        self.classifier = nn.ModuleList(
+            nn.Conv2d(net.fc.in_features, classes, 3, padding=d, dilation=d) for d in (6, 12, 18, 24))
+        for conv in self.classifier:
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.pretrained:
+            fix_batchnorm(self)
+        return self
+
+    def forward(self, image):
+        """(B, 3, H, W) -> logits (B, K, H/8, W/8)."""
+        x = self.backbone(image)
+        return sum(conv(x) for conv in self.classifier)
+
+
+def make_optimizer(model, lr):
+    """SGD with momentum 0.9, weight decay 5e-4; the new layers learn ten times as fast."""
+    groups = [{"params": list(model.backbone.parameters()), "base_lr": lr},
+              {"params": list(model.classifier.parameters()), "base_lr": 10 * lr}]
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=5e-4)
+
+
+# ================================================================================================================= data
+
+class MaskedImages(torch.utils.data.Dataset):
+    """Item (index, sample) -> image (3, crop, crop) normalised, mask (crop, crop) int64: scale U(0.5, 1.5), flip, crop."""
+
+    def __init__(self, data, ids, masks, crop, seed):
+        self.data, self.ids, self.masks, self.crop, self.seed = data, ids, masks, crop, seed
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, item):
+        index, sample = item
+        rng = np.random.default_rng([self.seed, sample, 3])
+        i, crop = self.ids[index], self.crop
+        image = self.data.image(i)
+        mask = read_label(self.masks / f"{i}.png", len(self.data.classes), image.shape[:2])
+        scale = rng.uniform(0.5, 1.5)
+        size = tuple(max(1, round(n * scale)) for n in mask.shape)
+        image, mask = resize_image(image, size), np.array(Image.fromarray(mask).resize(size[::-1], Image.NEAREST))
+        if rng.random() < 0.5:
+            image, mask = image[:, ::-1], mask[:, ::-1]
+        top, left = (random_window(rng, n, crop) for n in size)
+        x = normalise(image, IMAGENET_MEAN, IMAGENET_STD)
+        y = torch.from_numpy(mask.astype(np.int64))
+        return crop_or_pad(x, crop, top, left, 0), crop_or_pad(y, crop, top, left, IGNORE)
+
+
+# ============================================================================================================ inference
+
+def predictor(model, args, machine):
+    """photo (H, W, 3) uint8 -> class probabilities (K, H, W): softmax of the mean logits over scales and mirror images."""
+    model.eval()
+
+    @torch.no_grad()
+    def predict(image):
+        total = 0
+        for x, mirrored in make_views(image, args.scales, not args.no_flip, (IMAGENET_MEAN, IMAGENET_STD)):
+            with machine.autocast():
+                logits = model(x.to(machine.device))
+            logits = resize(logits.float(), image.shape[:2])
+            total = total + (logits.flip(3) if mirrored else logits)
+        return (total / (len(args.scales) * (1 if args.no_flip else 2))).softmax(1)[0]
+    return predict
+
+
+# ========================================================================================================= command line
+
+def parse_args(argv=None):
+    p, method, _ = common_options(__doc__.splitlines()[0], lr=None, batch_size=16, crop=448)
+    method.add_argument("--arch", choices=("resnet18", "resnet50", "resnet101"), default="resnet101", help="backbone [%(default)s]")
+    method.add_argument("--weights", default="imagenet", help="imagenet (downloaded), none, or a file with a ResNet's state dict [%(default)s]")
+    method.add_argument("--masks", type=Path, metavar="DIR", help="label PNGs to train on [stage 2's]; true masks give an upper bound")
+    p.add_argument("--predict", default="val", metavar="LIST,LIST", help="lists to predict [%(default)s]")
+    mask_options(p, [0.5, 0.75, 1.0, 1.25, 1.5])
+    return p.parse_args(argv)
+
+
+def main():
+    args = parse_args()
+    data, machine = open_run(args)
+    args.lr = args.lr or 5e-3
+    args.iters = args.iters or 20_000
+    args.masks = args.masks or args.runs / data.name / "2_weakclip" / "masks" / args.split
+    folder, crf = args.runs / data.name / "3_segment", None if args.no_crf else SEGMENT_CRF.get(data.name, SEGMENT_CRF["VOC2012"])
+    ids, splits = data.ids(args.split, args.limit), args.predict.split(",")
+    for split in splits:
+        data.ids(split)
+    if args.masks.name.startswith("SegmentationClass") and machine.main:
+        print(f"--masks {args.masks}: true masks; this run is an upper bound, not weakly supervised")
+    if machine.main:
+        check_inputs(data, ids, args.masks)
+
+    start_run(folder, args, machine, data.digests(args.split, *splits), (*MASK_OPTIONS, "predict"))
+    if masks_are_current(folder, args, args.iters, machine):
+        return print(f"{folder}: finished; --overwrite starts afresh")
+    torch.manual_seed(args.seed)
+    model = DeepLab(args.arch, args.weights, len(data.classes)).to(machine.device)
+
+    def losses(model, image, mask):
+        with machine.autocast():
+            logits = model(image)
+        # GUESS the loss is taken at the mask's size: the logits are upsampled, not the mask reduced
+        return {"loss_cross_entropy": F.cross_entropy(resize(logits.float(), mask.shape[1:]), mask, ignore_index=IGNORE)}
+
+    fit(model, MaskedImages(data, ids, args.masks, args.crop, args.seed), make_optimizer(model, args.lr), losses, poly(args.iters),
+        args, machine, folder, facts={"stage": "3_segment", "classes": list(data.classes)})
+    write_all_masks(predictor(model, args, machine), data, splits, folder, args, machine, crf)
+    if machine.main:
+        rows = [[data.image(i), read_label(folder / "masks" / splits[0] / f"{i}.png"), *truth_pictures(data, i)]
+                for i in preview_ids(data.ids(splits[0], args.limit))]
+        write_preview(folder / "preview.png", rows)
+        print(f"{folder}: masks of {', '.join(splits)}. Next: python eval.py --data {args.data}")
+
+
+if __name__ == "__main__":
+    run(main)

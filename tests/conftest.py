@@ -1,0 +1,88 @@
+"""What the tests share: a small drawn dataset, a tiny CLIP, a way to run the scripts as a user would."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import clip
+from eval import write_label, write_text
+
+CLASSES = ("background", "cat", "dog", "traffic light")
+COLOURS = {1: (210, 60, 40), 2: (50, 90, 210), 3: (240, 210, 60)}
+
+
+def draw_scene(rng, H, W, classes):
+    """Noise in the background, one plain shape per class -> image (H, W, 3) uint8, true mask (H, W) uint8."""
+    image = Image.fromarray(rng.integers(90, 130, (H, W, 3), dtype=np.uint8))
+    mask = Image.new("L", (W, H))
+    for n, k in enumerate(classes):
+        r = min(H, W) // 3
+        x, y = int(W * (n + 0.5) / len(classes)), int(rng.integers(r, H - r))
+        box = (x - r + 4, y - r + 2, x + r - 4, y + r - 2)
+        shape = "rectangle" if k == 2 else "ellipse"
+        getattr(ImageDraw.Draw(image), shape)(box, fill=COLOURS[k])
+        getattr(ImageDraw.Draw(mask), shape)(box, fill=k)
+    return np.array(image), np.array(mask)
+
+
+def draw_dataset(folder, train=6, val=2, seed=0):
+    """A dataset folder in VOC's layout, with true masks, and seeds (masks with an unsure rim) in `folder`/seeds."""
+    rng, lines = np.random.default_rng(seed), []
+    for split, n in (("train", train), ("val", val)):
+        ids = [f"{split}_{i}" for i in range(n)]
+        for i, name in enumerate(ids):
+            classes = [1 + i % 3] if i % 2 else [1 + i % 3, 1 + (i + 1) % 3]
+            image, mask = draw_scene(rng, int(rng.integers(60, 90)), int(rng.integers(90, 120)), classes)
+            path = folder / "JPEGImages" / f"{name}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path, quality=95)
+            write_label(folder / "SegmentationClass" / f"{name}.png", mask)
+            seed_map = mask.copy()
+            seed_map[:3] = 255
+            write_label(folder / "seeds" / f"{name}.png", seed_map)
+            lines.append(f"{name} " + ", ".join(CLASSES[k] for k in sorted(set(classes))))
+        write_text(folder / "ImageSets" / "Segmentation" / f"{split}.txt", "\n".join(ids) + "\n")
+    write_text(folder / "image_labels.txt", "\n".join(lines) + "\n")
+    write_text(folder / "classes.txt", "\n".join(CLASSES) + "\n")
+    return folder
+
+
+def tiny_clip():
+    torch.manual_seed(0)
+    return clip.CLIP(embed_dim=64, image_resolution=64, vision_layers=3, vision_width=64, transformer_width=64,
+                     transformer_layers=1)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    return draw_dataset(tmp_path_factory.mktemp("data") / "drawn")
+
+
+@pytest.fixture(scope="session")
+def clip_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "tiny.pt"
+    torch.save(tiny_clip().state_dict(), path)
+    return path
+
+
+def script(name, *options, ok=True, env=None):
+    """Run a script of the project; returns what it printed. A refused run must be one line and exit status 2."""
+    r = subprocess.run([sys.executable, ROOT / name, *map(str, options)], capture_output=True, text=True, cwd=ROOT,
+                       env={**os.environ, "OMP_NUM_THREADS": "2", **(env or {})})
+    if ok:
+        assert r.returncode == 0, r.stderr
+        return r.stdout
+    assert r.returncode == 2 and "Traceback" not in r.stderr, r.stderr
+    return r.stderr.strip().split("\r")[-1].splitlines()[-1]
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
