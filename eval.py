@@ -5,11 +5,12 @@ run     python eval.py --data VOC2012                       # everything found i
         python eval.py --data VOC2012 --check               # is the dataset complete and sound?
         python eval.py --data VOC2012 --submit              # archive for the VOC evaluation server
 reads   VOC2012/SegmentationClass/<id>.png (true masks), runs/VOC2012/*/{seeds,masks/<split>}/<id>.png
-writes  runs/VOC2012/{metrics.json, metrics.csv}
+writes  runs/VOC2012/{metrics.json, metrics.csv, report.html}
 
 Every stage imports this file: it holds no network and needs no torch.
 """
 import argparse
+import base64
 import csv
 import hashlib
 import io
@@ -20,6 +21,7 @@ import tarfile
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,19 @@ from tqdm import tqdm
 IGNORE = 255  # "unsure" in our masks, the void border in VOC's: neither trained on nor scored
 VOC_CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
                "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+# COCO's category ids 0..90 as the released code has them. Ten were never used; our COCO has the 81 others, numbered on (32).
+COCO_SLOTS = (
+    "background", "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "street sign", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
+    "elephant", "bear", "zebra", "giraffe", "hat", "backpack", "umbrella", "shoe", "eye glasses", "handbag", "tie", "suitcase",
+    "frisbee", "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
+    "tennis racket", "bottle", "plate", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich",
+    "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "mirror",
+    "dining table", "window", "desk", "toilet", "door", "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave",
+    "oven", "toaster", "sink", "refrigerator", "blender", "book", "clock", "vase", "scissors", "teddy bear", "hair drier",
+    "toothbrush")
+COCO_CLASSES = tuple(n for n in COCO_SLOTS if n not in (
+    "street sign", "hat", "shoe", "eye glasses", "plate", "mirror", "window", "desk", "door", "blender"))
 
 
 # =============================================================================================== errors, whole files
@@ -250,6 +265,12 @@ def check_inputs(data, ids, labels=None):
     for_each(check, ids, "checking inputs")
 
 
+def folder_digest(folder, ids):
+    """sha256 of the label PNGs of `ids`: tells whether a stage's input is still the one that it was trained on."""
+    digests = for_each(lambda i: hashlib.sha256((folder / f"{i}.png").read_bytes()).hexdigest(), ids, "digests")
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 # =============================================================================================================== scores
 
 def confusion(truth, prediction, K):
@@ -296,7 +317,7 @@ def score_folder(data, folder, split, limit=None):
     return {"split": split, "n": len(both), "of": len(ids), "truth": "+".join(truths), **scores(matrix)}
 
 
-PROVENANCE = ("scales", "flip", "crf", "label_filter", "iters")  # of a row; None where the masks' maker did not say
+PROVENANCE = ("scales", "flip", "crf", "label_filter", "iters", "upper_bound")  # of a row; None where the masks' maker did not say
 
 
 def read_args(folder):
@@ -316,23 +337,30 @@ def score_runs(data, folder):
         for split, masks in found:
             if split is None or not masks.is_dir() or not data.has(split):
                 continue
-            row = score_folder(data, masks, split, said["options"].get("limit"))
+            row = score_folder(data, masks, split, said.get("options", {}).get("limit"))
             if row:
                 facts = {k: said.get("provenance", {}).get(k) for k in PROVENANCE}
                 facts["label_filter"] = bool(facts["label_filter"]) and split == training  # never on val or test
+                facts["upper_bound"] = "SegmentationClass" in str(said.get("options", {}).get("masks"))  # true masks went in
                 rows.append({"stage": stage, **row, **facts})
     return rows
+
+
+def how(r):
+    """Where the numbers of a row come from, in words."""
+    said = [f"{r['iters']} iterations" if r["iters"] else "", f"scales {r['scales']}" if r["scales"] else "",
+            "flip" if r["flip"] else "", "CRF" if r["crf"] else "no CRF" if r["crf"] is False else "",
+            "image-label filter" if r["label_filter"] else "", "trained on true masks: an upper bound" if r["upper_bound"] else "",
+            f"truth {r['truth']}"]
+    return ", ".join(s for s in said if s)
 
 
 def print_rows(rows):
     """The table, a line a row: no number without where it comes from."""
     print(f"{'stage':12} {'split':9} {'images':>12} {'mIoU':>6} {'pixels':>7}  how")
     for r in rows:
-        how = [f"{r['iters']} iterations" if r["iters"] else "", f"scales {r['scales']}" if r["scales"] else "",
-               "flip" if r["flip"] else "", "CRF" if r["crf"] else "no CRF" if r["crf"] is False else "",
-               "image-label filter" if r["label_filter"] else "", f"truth {r['truth']}"]
         print(f"{r['stage']:12} {r['split']:9} {r['n']:5} of {r['of']:4} {r['miou']:6.1f} {r['pixel_accuracy']:6.1f}%  "
-              + ", ".join(h for h in how if h))
+              + how(r))
 
 
 def write_metrics(data, folder, rows):
@@ -350,6 +378,207 @@ def write_metrics(data, folder, rows):
         plain.append({**r, **named})
     write_json(folder / "metrics.json", {"rows": plain})
     write_text(folder / "metrics.csv", table.getvalue())
+
+
+# =============================================================================================================== report
+
+STAGES = {  # stage: what happens in it, what it hands on, in which folder
+    "1_cam": ("A classifier learns from class names alone; where it looks is the CAM.", "seeds", "seeds"),
+    "2_weakclip": ("Small parts around the frozen CLIP learn from photos and seeds.", "masks", "masks"),
+    "3_segment": ("An ordinary network learns from photos and masks.", "prediction", "masks")}
+WRONG = {"right": (150, 150, 150), "false positive or other class": (214, 47, 58), "missed or unsure": (43, 111, 214),
+         "not scored": (225, 225, 225)}
+BARS = ((217, 115, 26), (63, 127, 214), (27, 154, 170), (154, 98, 214), (214, 69, 80), (47, 158, 91))
+STYLE = """
+:root { color-scheme: light dark; --page: #fff; --ink: #1b1e24; --soft: #5c6470; --line: #d9dde3; --panel: #eff2f5;
+  --blue: #3f7fd6 }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #15181d; --ink: #e6e9ee; --soft: #9ba4b0; --line: #343a44; --panel: #21262e } }
+* { box-sizing: border-box } figure { margin: 0 } img, svg { display: block; width: 100% }
+img { border: 1px solid var(--line) }
+body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1, h3 { margin: 1rem 0 .3rem } h2 { margin: 2.5rem 0 .5rem } p { margin: .3rem 0 }
+nav a { color: var(--blue); display: inline-block; margin-right: 1rem }
+small, figcaption, .key { color: var(--soft); font-size: .8rem } .scroll, pre { overflow-x: auto; font-size: .9rem }
+.flow { display: flex; gap: 1.6rem; list-style: none; padding: 0 } .flow li { flex: 1; position: relative }
+.flow .stage { flex: 1.3; padding: .6rem .8rem; background: var(--panel); border-radius: .5rem }
+.flow li + li::before { content: "\\2192"; position: absolute; left: -1.6rem; top: 2rem; width: 1.6rem; text-align: center }
+.pictures { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); gap: .4rem; margin-bottom: 1rem }
+table { border-collapse: collapse } th, td { padding: .3rem 1rem 0 0; text-align: left; white-space: nowrap }
+.n { text-align: right } .how { white-space: normal; border-bottom: 1px solid var(--line) }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .5rem 0 } .chip { display: inline-block; width: .8rem;
+  height: .8rem; margin-right: .4rem; border: 1px solid var(--line) }
+.bars { columns: 16rem; column-gap: 2.5rem } .bars > div { break-inside: avoid; padding-bottom: .6rem }
+.bar { display: grid; grid-template-columns: 1fr 2.2rem; align-items: center; line-height: 1.3 }
+.bar span { background: var(--panel) } .bar i { display: block; height: .6rem }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: .5rem 1.5rem }
+svg { fill: var(--soft); font-size: 11px } path { stroke: var(--line) } polygon { fill: var(--blue) }
+polyline { fill: none; stroke: var(--blue); stroke-width: 1.5 }
+@media (max-width: 48rem) { .flow { flex-direction: column } .flow li:not(.stage) { width: 60%; margin: 0 auto }
+  .flow li + li::before { content: "\\2193"; left: 0; top: -1.6rem; width: 100% }
+  .pictures { grid-template-columns: repeat(min(var(--n), 3), minmax(0, 1fr)) } }
+"""
+
+
+def heat(cam, size):
+    """CAM (h, w) in [0, 1] -> (H, W, 3) uint8 picture, blue over green to red."""
+    cam = np.asarray(Image.fromarray(np.asarray(cam, np.float32)).resize(size[::-1], Image.BILINEAR))
+    ramp = np.stack([np.clip(1.5 - np.abs(4 * cam - c), 0, 1) for c in (3, 2, 1)], 2)
+    return (255 * ramp).astype(np.uint8)
+
+
+def where_wrong(truth, label):
+    """True and predicted classes (H, W) -> place in WRONG (H, W)."""
+    return np.select([truth == IGNORE, label == truth, (label == 0) | (label == IGNORE)], [3, 0, 2], 1)
+
+
+def pictures(data, folder, split, i):
+    """{caption: picture}: an image, what every stage made of it, the truth, where the last stage is wrong; if it is there.
+
+    A picture is (H, W, 3) uint8, or the pair of (H, W) numbers and their palette (n, 3).
+    """
+    image, last = data.image(i), None
+    shown, K, size = {"image": image}, len(data.classes), image.shape[:2]
+    cam = folder / "1_cam" / "cams" / f"{i}.npz"
+    if cam.is_file():
+        with np.load(cam) as f:
+            if len(f["keys"]):
+                shown[f"CAM of {data.classes[f['keys'][0]]}"] = image // 2 + heat(f["cam"][0], size) // 2
+    for stage, (_, name, masks) in STAGES.items():
+        path = folder / stage / masks / ("" if masks == "seeds" else split) / f"{i}.png"
+        if path.is_file():
+            last, label = name, read_label(path, K, size)
+            shown[name] = label, colour_map()
+    if data.truth_path(i):
+        truth = read_label(data.truth_path(i), K, size)
+        shown["truth"] = truth, colour_map()
+        if last:
+            shown[f"{last}: where wrong"] = where_wrong(truth, label), np.array(list(WRONG.values()), np.uint8)
+    return shown
+
+
+def inline(picture, alt):
+    """<img> that holds its picture, made small: a photo as JPEG, class numbers as PNG."""
+    photo, f = not isinstance(picture, tuple), io.BytesIO()
+    im = Image.fromarray(picture if photo else picture[1][picture[0]])
+    im.thumbnail((256, 256), Image.BICUBIC if photo else Image.NEAREST)
+    im.save(f, "JPEG" if photo else "PNG", quality=85)
+    source = f"data:image/{'jpeg' if photo else 'png'};base64,{base64.b64encode(f.getvalue()).decode()}"
+    return f'<img alt="{escape(alt)}" src="{source}">'
+
+
+def chip(name, colour):
+    return f'<span><i class="chip" style="background: rgb{tuple(map(int, colour))}"></i>{escape(name)}</span>'
+
+
+def key(colours):
+    """Legend: {name: (R, G, B)} -> HTML."""
+    return f'<div class="key">{"".join(chip(*c) for c in colours.items())}</div>'
+
+
+def gallery(data, folder, splits, n):
+    """n images of every list, spread over it, with all that became of them -> HTML, {caption: first <img> of it}."""
+    html, first, seen = "", {}, set()
+    for split in splits:
+        ids = [i for i in data.ids(split) if (folder / "1_cam" / "seeds" / f"{i}.png").is_file()
+               or any((folder / s / "masks" / split / f"{i}.png").is_file() for s in STAGES)]
+        html += f"<h3>{escape(split)}</h3>" if ids else ""
+        for i in dict.fromkeys(ids[k * len(ids) // n] for k in range(n) if ids):
+            row = pictures(data, folder, split, i)
+            images = {c: inline(p, f"{c}, {i}") for c, p in row.items()}
+            first = {**images, **first}
+            seen.update(k for p in row.values() if isinstance(p, tuple) and len(p[1]) == 256 for k in np.unique(p[0]))
+            figures = "".join(f"<figure>{im}<figcaption>{escape(c)}</figcaption></figure>" for c, im in images.items())
+            html += f'<small>{escape(i)}</small><div class="pictures" style="--n: {len(row)}">{figures}</div>'
+    names = {**dict(enumerate(data.classes)), IGNORE: "unsure, or not scored"}
+    html += key({names[k]: colour_map()[k] for k in sorted(seen)})
+    return html + (f"<small>where wrong:</small>{key(WRONG)}" if any("where wrong" in c for c in first) else ""), first
+
+
+def flow(stages, first):
+    """The stages as boxes, and between them what one hands to the next, with a picture of it."""
+    def handed(name, files):
+        return f"<li>{first.get(name, '')}<b>{name}</b><br><small>{files}</small></li>"
+    html = handed("image", "JPEGImages, class names")
+    for s, said in stages.items():
+        text, name, masks = STAGES[s]
+        iters = said.get("provenance", {}).get("iters")
+        html += f'<li class="stage"><b>{s}</b><p>{text}</p><small>{f"{iters:,} iterations" if iters else ""}</small></li>'
+        html += handed(name, f"{s}/{masks}")
+    return f'<ol class="flow">{html}</ol><small>True masks are read only to score and to show, never to train.</small>'
+
+
+def table(rows):
+    """What print_rows prints, as HTML."""
+    html = '<tr><th>stage<th>split<th class="n">images<th class="n">mIoU<th class="n">pixels'
+    for r in rows:
+        numbers = f"{r['n']} of {r['of']}", f"{r['miou']:.1f}", f"{r['pixel_accuracy']:.1f}%"
+        html += f"<tr><td>{r['stage']}<td>{escape(r['split'])}" + "".join(f'<td class="n">{v}' for v in numbers)
+        html += f'<tr><td class="how" colspan="5"><small>{escape(how(r))}</small>'
+    return f'<div class="scroll"><table>{html}</table></div>'
+
+
+def bars(classes, rows):
+    """A block for every class that occurs, in it a bar of its IoU for every row of the table."""
+    colours = [BARS[k % len(BARS)] for k in range(len(rows))]
+    html = key({f"{r['stage']} {r['split']}": c for r, c in zip(rows, colours)}) + '<div class="bars">'
+    for name, colour, iou in zip(classes, colour_map(), np.array([r["iou"] for r in rows]).T):
+        lines = "".join(f'<div class="bar"><span><i style="width: {np.nan_to_num(v):.1f}%; background: rgb{c}"></i></span>'
+                        f'<small class="n">{"-" if np.isnan(v) else f"{v:.1f}"}</small></div>' for v, c in zip(iou, colours))
+        html += "" if np.isnan(iou).all() else f"<div>{chip(name, colour)}{lines}</div>"
+    return f"<p>IoU in percent, a bar for each row of the scores, in their order; - where there is none.</p>{html}</div>"
+
+
+def curve(name, log):
+    """A loss, (n, 2) of step and value -> SVG: the mean of up to 150 stretches as a line, their range as a band."""
+    (start, low), (end, high) = log.min(0), log.max(0)
+
+    def points(steps, values):
+        x, y = 60 + 252 * (steps - start) / ((end - start) or 1), 116 - 106 * (values - low) / ((high - low) or 1)
+        return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
+    x, y, under, over = np.array([(*s.mean(0), s[:, 1].min(), s[:, 1].max())
+                                  for s in np.array_split(log, min(len(log), 150))]).T
+    grid = "".join(f'<path d="M60 {y}h252"/><text x="54" y="{y + 4}" text-anchor="end">{v:.3g}</text>'
+                   for y, v in ((10, high), (63, (low + high) / 2), (116, low)))
+    return (f'<figure><b>{escape(name)}</b> <small>last {log[-1, 1]:.4g}</small><svg viewBox="0 0 320 136">{grid}'
+            f'<text x="60" y="132">{start:.0f}</text><text x="312" y="132" text-anchor="end">iteration {end:.0f}</text>'
+            f'<polygon points="{points(np.r_[x, x[::-1]], np.r_[under, over[::-1]])}" opacity=".3"/>'
+            f'<polyline points="{points(x, y)}"/></svg></figure>')
+
+
+def curves(path):
+    """log.jsonl -> a curve for every loss by its name; a line that was cut off is left out."""
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
+    values = {}
+    for name, step, v in ((n, line["step"], v) for line in lines for n, v in line.items() if n.startswith("loss")):
+        values.setdefault(name, []).append((step, v))
+    if len(values) == 2:
+        values.pop("loss", None)  # the sum of one
+    return "".join(curve(name, np.array(v)) for name, v in values.items())
+
+
+def write_report(data, folder, rows, n=6):
+    """report.html: stages, scores, n pictures a list, classes, losses and options, on one page that needs no network."""
+    stages = {s: said for s in STAGES if (said := read_args(folder / s))}
+    if not stages:
+        return
+    splits = [said["options"]["split"] for said in stages.values()]
+    splits += [p.name for s in stages for p in sorted((folder / s / "masks").glob("*"))]
+    shown, first = gallery(data, folder, [s for s in dict.fromkeys(splits) if data.has(s)], n)
+    losses = {s: curves(folder / s / "log.jsonl") for s in stages}
+    title, sections = escape(f"WeakCLIP on {data.name}"), {
+        "Stages": flow(stages, first), "Scores": table(rows) if rows else "", "Pictures": shown,
+        "Classes": bars(data.classes, rows) if rows else "",
+        "Losses": "".join(f'<h3>{s}</h3><div class="curves">{c}</div>' for s, c in losses.items() if c),
+        "Options": "".join(f"<details><summary>{s}</summary><pre>{escape(json.dumps(said, indent=1))}</pre></details>"
+                           for s, said in stages.items())}
+    links = "".join(f'<a href="#{name}">{name}</a>' for name, body in sections.items() if body)
+    body = "".join(f'<section id="{name}"><h2>{name}</h2>{body}</section>' for name, body in sections.items() if body)
+    write_text(folder / "report.html", f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1><nav>{links}</nav>{body}</body></html>
+""")
 
 
 # ========================================================================================================= command line
@@ -411,11 +640,12 @@ def main():
             print("" if np.isnan(v) else f"  {name:14} {v:5.1f}\n", end="")
         return
     rows = score_runs(data, folder)
+    write_report(data, folder, rows)  # first: its pictures need no truth
     if not rows:
         raise ValueError(f"{folder}: no masks with a truth to score; run stage1_cam.py --data {args.data} first")
     print_rows(rows)
     write_metrics(data, folder, rows)
-    print(f"written: {folder / 'metrics.json'}, {folder / 'metrics.csv'}")
+    print(f"written: {folder / 'metrics.json'}, {folder / 'metrics.csv'}, {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import clip
-from eval import (IGNORE, check_inputs, colour_map, find_dataset, read_args, read_label, run, stop, write_json, write_label,
+from eval import (check_inputs, colour_map, find_dataset, heat, read_args, read_label, run, write_json, write_label,
                   write_text, write_whole)
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of grey levels 0..255, R G B
@@ -110,6 +110,7 @@ def check_bfloat16(device):
 
 # options that change where or how fast things happen, but not what comes out (beyond rounding)
 MACHINE_OPTIONS = ("data", "runs", "overwrite", "device", "amp", "workers")
+FILE_OPTIONS = ("clip", "seeds", "masks", "checkpoint")  # known by the digest of what they name, wherever it lies
 
 
 def start_run(folder, args, machine, digests, mask_options=()):
@@ -120,7 +121,7 @@ def start_run(folder, args, machine, digests, mask_options=()):
     masks are written from a finished model (stages 2 and 3 see to them).
     """
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    method = {k: v for k, v in options.items() if k not in (*MACHINE_OPTIONS, *mask_options)}
+    method = {k: v for k, v in options.items() if k not in (*MACHINE_OPTIONS, *FILE_OPTIONS, *mask_options)}
     if args.overwrite and machine.main and folder.exists():
         shutil.rmtree(folder)
     machine.wait()
@@ -562,13 +563,6 @@ def dense_crf(probs, image, gaussian=(3, 3), bilateral=(80, 13, 10), iterations=
 
 
 # ============================================================================================================== preview
-
-def heat(cam, size):
-    """CAM (h, w) in [0, 1] -> (H, W, 3) uint8 picture, blue over green to red."""
-    cam = np.asarray(Image.fromarray((255 * np.asarray(cam, np.float32)).astype(np.uint8)).resize(size[::-1], Image.BILINEAR))
-    ramp = np.stack([np.clip(1.5 - np.abs(4 * cam / 255 - c), 0, 1) for c in (3, 2, 1)], 2)
-    return (255 * ramp).astype(np.uint8)
-
 
 def write_preview(path, rows, height=160):
     """Rows of pictures (image | what went in | what came out | truth), each (H, W, 3) uint8 or (H, W) labels -> one PNG."""

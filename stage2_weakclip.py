@@ -16,6 +16,7 @@ The trained network then relabels its own training images: the pseudo masks.
 # PAPER what the abstract says, # RELEASED where the released code (hustvl/WeakCLIP, b72d559) does otherwise, # GUESS where
 both are silent. Numbers such as (22) are rows of AUDIT.md.
 """
+import argparse
 import dataclasses
 import math
 import re
@@ -31,9 +32,11 @@ from torch import nn
 from tqdm import tqdm
 
 import clip
-from eval import IGNORE, check_inputs, read_args, read_label, run, write_label, write_whole
-from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, common_options, crop_or_pad, dense_crf, fit, load_trained, normalise,
-                        open_run, preview_ids, read_checkpoint, set_provenance, start_run, truth_pictures, write_preview)
+from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, VOC_CLASSES, check_inputs, folder_digest, for_each, read_args, read_image,
+                  read_label, run, write_json, write_label, write_whole)
+from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, common_options, crop_or_pad, dense_crf, fit, load_trained,
+                        normalise, open_run, preview_ids, read_checkpoint, set_provenance, start_run, truth_pictures,
+                        write_preview)
 
 CLIP_MEAN = tuple(255 * v for v in (0.48145466, 0.4578275, 0.40821073))  # of grey levels 0..255, R G B
 CLIP_STD = tuple(255 * v for v in (0.26862954, 0.26130258, 0.27577711))
@@ -723,10 +726,67 @@ def name_tokens(classes, context_length, prompts=8):
     return tokens[:, :L]
 
 
+def new_network(args, data, switches, machine):
+    """An untrained WeakCLIP around a frozen CLIP -> (network, facts: what tells its checkpoint from another's)."""
+    clip_model, digest = load_clip(args.clip, args.seed, machine)
+    torch.manual_seed(args.seed)
+    model = WeakCLIP(clip_model, name_tokens(data.classes, clip_model.context_length), switches, args.crop)
+    return model, {"stage": "2_weakclip", "classes": list(data.classes), "clip": digest, "crop": args.crop,
+                   "switches": dataclasses.asdict(switches)}
+
+
+def open_checkpoint(path, args, machine, classes=None):
+    """A trained network from our checkpoint.pt or from a released one, which is told by its keys.
+
+    classes: the dataset's, None to take the checkpoint's. Returns (network, crop, iterations or None, outputs: the channels
+    that are the dataset's classes, None for all). Raises ValueError for a file of another kind, dataset or CLIP.
+    """
+    saved = clip.read_foreign(path)
+    if isinstance(saved, dict) and "state_dict" in saved:
+        return open_released(path, saved, args, classes)
+    saved = read_checkpoint(path)
+    facts = saved.get("facts", {})
+    if facts.get("stage") != "2_weakclip":
+        raise ValueError(f"{path}: neither a checkpoint of stage 2 nor a released one")
+    if classes and list(classes) != facts["classes"]:
+        raise ValueError(f"{path} knows {', '.join(facts['classes'])}; the dataset has {', '.join(classes)}")
+    clip_model, digest = load_clip(args.clip, args.seed, machine)
+    if digest != facts["clip"]:
+        raise ValueError(f"{path} was trained with another CLIP than --clip {args.clip}; name that one")
+    switches = Switches(**facts["switches"])
+    model = WeakCLIP(clip_model, name_tokens(facts["classes"], clip_model.context_length), switches, facts["crop"])
+    load_trained(model, saved["model"], ("clip.",) if switches.freeze_clip else ())
+    return model, facts["crop"], saved["step"], None
+
+
+def open_released(path, saved, args, classes=None):
+    """The same from a released checkpoint {"meta": ..., "state_dict": ...}: it holds its own CLIP, `--clip` is not read.
+
+    The switches are `--variant released`, `--set` on top. Of COCO's 91 released slots 80 and background are classes (32).
+    """
+    state = {k: v for k, v in saved["state_dict"].items() if isinstance(v, torch.Tensor)}
+    K, outputs, table = len(state.get("decode_head.conv_seg.weight", ())), None, state.get("text_encoder.positional_embedding", ())
+    names = classes or {len(VOC_CLASSES): VOC_CLASSES, len(COCO_SLOTS): COCO_CLASSES}.get(K, ())
+    if K == len(COCO_SLOTS) and tuple(names) == COCO_CLASSES:
+        names, outputs = COCO_SLOTS, [COCO_SLOTS.index(n) for n in COCO_CLASSES]
+    if K and len(names) != K:
+        raise ValueError(f"{path} has {K} classes, the dataset {len(names)}")
+    model = from_released(state, name_tokens(names, len(table)), choose_switches("released", args.set))
+    meta = saved.get("meta")
+    step = meta.get("iter") if isinstance(meta, dict) else None
+    return model, 16 * math.isqrt(len(state["backbone.positional_embedding"]) - 1), step if type(step) is int else None, outputs
+
+
+def positive(text):
+    if float(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
+
+
 def mask_options(p, scales):
     """The options of stages 2 and 3 that change masks but not the model."""
     masks = p.add_argument_group("masks (a finished model rewrites them; nothing is trained again)")
-    masks.add_argument("--scales", type=float, nargs="+", default=scales, help="test scales [%(default)s]")
+    masks.add_argument("--scales", type=positive, nargs="+", default=scales, help="test scales [%(default)s]")
     masks.add_argument("--no-flip", action="store_true", help="leave out the mirror images")
     masks.add_argument("--no-crf", action="store_true", help="leave out the dense CRF")
     masks.add_argument("--label-filter", action="store_true", help="only classes of the image-level labels may win; training list only (28)")
@@ -738,18 +798,15 @@ def mask_options(p, scales):
 MASK_OPTIONS = ("scales", "no_flip", "no_crf", "label_filter", "save_probs", "images")
 
 
-def folder_photos(folder):
-    """[(name, function that reads the photo)] of a folder of photos."""
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if not paths:
-        raise ValueError(f"--images {folder}: no .jpg, .jpeg or .png in it")
-    return [(p.stem, lambda p=p: read_image(p)) for p in paths]
+def mask_facts(args, iters):
+    """How masks were made: what changes them, and what a score must say."""
+    return dict(iters=iters, scales=list(args.scales), flip=not args.no_flip, crf=not args.no_crf,
+                label_filter=args.label_filter, save_probs=args.save_probs)
 
 
 def masks_are_current(folder, args, iters, machine):
     """True if the masks in `folder` were finished with these options; else what other options left is removed."""
-    facts = dict(iters=iters, scales=list(args.scales), flip=not args.no_flip, crf=not args.no_crf,
-                 label_filter=args.label_filter, save_probs=args.save_probs)
+    facts = mask_facts(args, iters)
     same = read_args(folder).get("provenance") == facts
     if same and (folder / "preview.png").is_file():                                 # written last
         return True
@@ -760,6 +817,25 @@ def masks_are_current(folder, args, iters, machine):
         set_provenance(folder, **facts)
     machine.wait()
     return False
+
+
+def mask_photos(predict, args, iters, checkpoint, folder, machine, crf):
+    """`--images DIR`: masks of a folder of photos, in `folder`/images/<DIR's name>; serves stages 2 and 3."""
+    paths = sorted(p for p in args.images.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not paths or len({p.stem for p in paths}) < len(paths):
+        raise ValueError(f"--images {args.images}: photos (.jpg, .jpeg, .png) with different names are expected")
+    out = folder / "images" / args.images.resolve().name
+    facts = {**mask_facts(args, iters), "checkpoint": clip.file_sha256(checkpoint)}
+    if machine.main:
+        for_each(lambda p: read_image(p).shape, paths, "checking photos")
+        if read_args(out) != facts:
+            shutil.rmtree(out, ignore_errors=True)
+            write_json(out / "args.json", facts)
+    machine.wait()
+    write_masks(predict, [(p.stem, lambda p=p: read_image(p)) for p in paths], out, machine, crf,
+                probs_folder=out / "probs" if args.save_probs else None)
+    if machine.main:
+        print(f"{out}: {len(paths)} masks")
 
 
 def write_all_masks(predict, data, splits, folder, args, machine, crf):
@@ -784,9 +860,12 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def predictor(model, args, crop, machine):
-    """photo (H, W, 3) uint8 -> class probabilities (K, H, W), over all scales and mirror images."""
-    model.eval()
+def predictor(model, args, crop, machine, outputs=None):
+    """photo (H, W, 3) uint8 -> class probabilities (K, H, W), over all scales and mirror images.
+
+    outputs: which channels to return, None for all.
+    """
+    model.to(machine.device).eval()
     mean_std = mean_and_std(model.switches)
     with torch.no_grad(), machine.autocast():
         text = model.encode_text()
@@ -794,52 +873,82 @@ def predictor(model, args, crop, machine):
     def predict(image):
         views = [(x.to(machine.device), m) for x, m in make_views(image, args.scales, not args.no_flip, mean_std, crop)]
         with machine.autocast():
-            return probabilities(model, views, text, crop, image.shape[:2], model.switches.pad_windows)
+            probs = probabilities(model, views, text, crop, image.shape[:2], model.switches.pad_windows)
+        return probs if outputs is None else probs[outputs]
     return predict
 
 
-def main():
-    args = parse_args()
-    switches = choose_switches(args.variant, args.set)
-    data, machine = open_run(args)
-    coco = data.name == "COCO2014"
-    args.iters = args.iters or (40_000 if coco else 20_000)
-    args.batch_size = args.batch_size or (24 if coco else 16)
-    args.seeds = args.seeds or args.runs / data.name / "1_cam" / "seeds"
-    folder, crf = args.runs / data.name / "2_weakclip", None if args.no_crf else MASK_CRF.get(data.name, MASK_CRF["VOC2012"])
-    ids = data.ids(args.split, args.limit)
-    splits = [args.split] + (["val"] if data.has("val") and args.split != "val" else [])
-    if switches.train_listed_twice and args.split == "trainaug" and data.has("train"):
-        # RELEASED train_listed_twice: trainaug contains train, and both lists are read (27)
-        ids = ids + data.ids("train", args.limit)
-    if args.label_filter:
-        data.image_labels(ids)
-    if machine.main:
-        check_inputs(data, sorted(set(ids)), args.seeds)
+def label_photos(args):
+    """`--images`: needs a checkpoint (the run's, or --checkpoint) and CLIP, but no dataset."""
+    machine, folder = Machine(args.device, args.amp), args.runs / Path(args.data).resolve().name / "2_weakclip"
+    path = args.checkpoint or folder / "checkpoint.pt"
+    model, crop, iters, outputs = open_checkpoint(path, args, machine)
+    mask_photos(predictor(model, args, crop, machine, outputs), args, iters, path, folder, machine, mask_crf(args))
 
-    clip_model, clip_digest = load_clip(args.clip, args.seed, machine)
-    start_run(folder, args, machine, {**data.digests(*splits), "clip": clip_digest}, MASK_OPTIONS)
-    if masks_are_current(folder, args, args.iters, machine):
-        return print(f"{folder}: finished; --overwrite starts afresh")
-    torch.manual_seed(args.seed)
-    tokens = name_tokens(data.classes, clip_model.context_length)
-    model = WeakCLIP(clip_model, tokens, switches, args.crop).to(machine.device)
-    mean_std = mean_and_std(switches)
+
+def mask_crf(args):
+    """The dataset's constants of the dense CRF after inference, VOC's for an unknown one; None with --no-crf."""
+    return None if args.no_crf else MASK_CRF.get(Path(args.data).resolve().name, MASK_CRF["VOC2012"])
+
+
+def train(model, facts, data, ids, args, machine, folder):
+    """Train the parts around CLIP on the seeds, from the last checkpoint if there is one."""
+    switches, mean_std = model.switches, mean_and_std(model.switches)
 
     def losses(model, image, seeds):
         with machine.autocast():
             logits, score = model(image)
         return weakclip_losses(logits, score, image, seeds, switches, *mean_std)
 
-    facts = {"stage": "2_weakclip", "classes": list(data.classes), "clip": clip_digest, "crop": args.crop,
-             "switches": dataclasses.asdict(switches)}
     fit(model, SeededImages(data, ids, args.seeds, args.crop, args.seed, switches), make_optimizer(model, args.lr), losses,
         warm_cosine(args.iters), args, machine, folder, facts, frozen=("clip.",) if switches.freeze_clip else ())
-    write_all_masks(predictor(model, args, args.crop, machine), data, splits, folder, args, machine, crf)
+
+
+def preview(data, ids, args, folder):
+    """image | seeds | masks | truth, of some training images."""
+    rows = []
+    for i in preview_ids(ids):
+        labels = [p for p in (args.seeds / f"{i}.png", folder / "masks" / args.split / f"{i}.png") if p.is_file()]
+        rows.append([data.image(i), *map(read_label, labels), *truth_pictures(data, i)])
+    write_preview(folder / "preview.png", rows)
+
+
+def main():
+    args = parse_args()
+    switches = choose_switches(args.variant, args.set)
+    if args.images:
+        return label_photos(args)
+    coco = Path(args.data).resolve().name == "COCO2014"
+    args.iters = args.iters or (40_000 if coco else 20_000)
+    args.batch_size = args.batch_size or (24 if coco else 16)
+    data, machine = open_run(args)
+    args.seeds = args.seeds or args.runs / data.name / "1_cam" / "seeds"
+    folder, ids = args.runs / data.name / "2_weakclip", data.ids(args.split, args.limit)
+    splits = [args.split] + (["val"] if data.has("val") and args.split != "val" else [])
+    if args.label_filter:
+        data.image_labels(ids)
+    listed = ids
+    if switches.train_listed_twice and args.split == "trainaug" and data.has("train"):
+        # RELEASED train_listed_twice: trainaug contains train, and both lists are read (27)
+        listed = ids + data.ids("train", args.limit)
     if machine.main:
-        rows = [[data.image(i), read_label(args.seeds / f"{i}.png"), read_label(folder / "masks" / args.split / f"{i}.png"),
-                 *truth_pictures(data, i)] for i in preview_ids(ids)]
-        write_preview(folder / "preview.png", rows)
+        check_inputs(data, sorted(set(listed)), None if args.checkpoint else args.seeds)
+        check_inputs(data, [i for split in splits[1:] for i in data.ids(split, args.limit)])
+
+    if args.checkpoint:
+        model, args.crop, args.iters, outputs = open_checkpoint(args.checkpoint, args, machine, data.classes)
+        came_from = {"checkpoint": clip.file_sha256(args.checkpoint)}
+    else:
+        (model, facts), outputs = new_network(args, data, switches, machine), None
+        came_from = {"clip": facts["clip"], "seeds": folder_digest(args.seeds, ids)}
+    start_run(folder, args, machine, {**data.digests(*splits), **came_from}, MASK_OPTIONS)
+    if masks_are_current(folder, args, args.iters, machine):
+        return print(f"{folder}: finished; --overwrite starts afresh")
+    if not args.checkpoint:
+        train(model.to(machine.device), facts, data, listed, args, machine, folder)
+    write_all_masks(predictor(model, args, args.crop, machine, outputs), data, splits, folder, args, machine, mask_crf(args))
+    if machine.main:
+        preview(data, ids, args, folder)
         print(f"{folder}: masks of {', '.join(splits)}. Next: python stage3_segment.py --data {args.data}")
 
 

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from eval import IGNORE, check_inputs, read_label, run
-from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, common_options, crop_or_pad, fit, fix_batchnorm, normalise, open_run,
-                        poly, preview_ids, random_window, resnet, start_run, truth_pictures, write_preview)
-from stage2_weakclip import (MASK_OPTIONS, make_views, mask_options, masks_are_current, resize, resize_image,
+from eval import IGNORE, check_inputs, folder_digest, read_label, run
+from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, common_options, crop_or_pad, fit, fix_batchnorm, load_trained,
+                        normalise, open_run, poly, preview_ids, random_window, read_checkpoint, resnet, start_run,
+                        truth_pictures, write_preview)
+from stage2_weakclip import (MASK_OPTIONS, make_views, mask_options, mask_photos, masks_are_current, resize, resize_image,
                              write_all_masks)
 
 # (Gaussian sxy, weight), (bilateral sxy, srgb, weight) at test
@@ -92,7 +93,7 @@ class MaskedImages(torch.utils.data.Dataset):
 
 def predictor(model, args, machine):
     """photo (H, W, 3) uint8 -> class probabilities (K, H, W): softmax of the mean logits over scales and mirror images."""
-    model.eval()
+    model.to(machine.device).eval()
 
     @torch.no_grad()
     def predict(image):
@@ -118,40 +119,68 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def main():
-    args = parse_args()
-    data, machine = open_run(args)
-    args.lr = args.lr or 5e-3
-    args.iters = args.iters or 20_000
-    args.masks = args.masks or args.runs / data.name / "2_weakclip" / "masks" / args.split
-    folder, crf = args.runs / data.name / "3_segment", None if args.no_crf else SEGMENT_CRF.get(data.name, SEGMENT_CRF["VOC2012"])
-    ids, splits = data.ids(args.split, args.limit), args.predict.split(",")
-    for split in splits:
-        data.ids(split)
-    if args.masks.name.startswith("SegmentationClass") and machine.main:
-        print(f"--masks {args.masks}: true masks; this run is an upper bound, not weakly supervised")
-    if machine.main:
-        check_inputs(data, ids, args.masks)
+def segment_crf(args):
+    """The dataset's constants of the dense CRF at test, VOC's for an unknown one; None with --no-crf."""
+    return None if args.no_crf else SEGMENT_CRF.get(Path(args.data).resolve().name, SEGMENT_CRF["VOC2012"])
 
-    start_run(folder, args, machine, data.digests(args.split, *splits), (*MASK_OPTIONS, "predict"))
-    if masks_are_current(folder, args, args.iters, machine):
-        return print(f"{folder}: finished; --overwrite starts afresh")
-    torch.manual_seed(args.seed)
-    model = DeepLab(args.arch, args.weights, len(data.classes)).to(machine.device)
 
+def label_photos(args):
+    """`--images`: needs the run's checkpoint, but no dataset."""
+    machine, folder = Machine(args.device, args.amp), args.runs / Path(args.data).resolve().name / "3_segment"
+    path = folder / "checkpoint.pt"
+    saved = read_checkpoint(path)
+    if saved["facts"].get("stage") != "3_segment":
+        raise ValueError(f"{path}: not a checkpoint of stage 3")
+    model = DeepLab(saved["facts"]["arch"], "none", len(saved["facts"]["classes"]))
+    load_trained(model, saved["model"])
+    mask_photos(predictor(model, args, machine), args, saved["step"], path, folder, machine, segment_crf(args))
+
+
+def train(model, data, ids, args, machine, folder):
+    """Train on the masks, from the last checkpoint if there is one."""
     def losses(model, image, mask):
         with machine.autocast():
             logits = model(image)
         # GUESS the loss is taken at the mask's size: the logits are upsampled, not the mask reduced
         return {"loss_cross_entropy": F.cross_entropy(resize(logits.float(), mask.shape[1:]), mask, ignore_index=IGNORE)}
 
+    facts = {"stage": "3_segment", "classes": list(data.classes), "arch": args.arch}
     fit(model, MaskedImages(data, ids, args.masks, args.crop, args.seed), make_optimizer(model, args.lr), losses, poly(args.iters),
-        args, machine, folder, facts={"stage": "3_segment", "classes": list(data.classes)})
-    write_all_masks(predictor(model, args, machine), data, splits, folder, args, machine, crf)
+        args, machine, folder, facts)
+
+
+def preview(data, ids, split, folder):
+    """image | prediction | truth, of some predicted images."""
+    write_preview(folder / "preview.png", [
+        [data.image(i), read_label(folder / "masks" / split / f"{i}.png"), *truth_pictures(data, i)] for i in preview_ids(ids)])
+
+
+def main():
+    args = parse_args()
+    if args.images:
+        return label_photos(args)
+    data, machine = open_run(args)
+    args.lr = args.lr or 5e-3
+    args.iters = args.iters or 20_000
+    args.masks = args.masks or args.runs / data.name / "2_weakclip" / "masks" / args.split
+    folder, ids, splits = args.runs / data.name / "3_segment", data.ids(args.split, args.limit), args.predict.split(",")
+    predicted = {split: data.ids(split, args.limit) for split in splits}
+    if args.masks.name.startswith("SegmentationClass") and machine.main:
+        print(f"--masks {args.masks}: true masks; this run is an upper bound, not weakly supervised")
     if machine.main:
-        rows = [[data.image(i), read_label(folder / "masks" / splits[0] / f"{i}.png"), *truth_pictures(data, i)]
-                for i in preview_ids(data.ids(splits[0], args.limit))]
-        write_preview(folder / "preview.png", rows)
+        check_inputs(data, ids, args.masks)
+        check_inputs(data, sorted(set().union(*predicted.values()) - set(ids)))
+
+    start_run(folder, args, machine, {**data.digests(args.split, *splits), "masks": folder_digest(args.masks, ids)},
+              (*MASK_OPTIONS, "predict"))
+    if masks_are_current(folder, args, args.iters, machine):
+        return print(f"{folder}: finished; --overwrite starts afresh")
+    torch.manual_seed(args.seed)
+    model = DeepLab(args.arch, args.weights, len(data.classes)).to(machine.device)
+    train(model, data, ids, args, machine, folder)
+    write_all_masks(predictor(model, args, machine), data, splits, folder, args, machine, segment_crf(args))
+    if machine.main:
+        preview(data, predicted[splits[0]], splits[0], folder)
         print(f"{folder}: masks of {', '.join(splits)}. Next: python eval.py --data {args.data}")
 
 

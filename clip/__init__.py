@@ -5,7 +5,8 @@
 """
 from .model import CLIP, resize_positions
 from .tokenizer import tokenize
-from .weights import MODELS, cached_file, file_sha256, load, locate, read_state_dict
+from .weights import MODELS, cached_file, file_sha256, load, locate, read_foreign, read_state_dict
 
-__all__ = ["CLIP", "MODELS", "cached_file", "file_sha256", "load", "locate", "read_state_dict", "resize_positions", "tokenize"]
+__all__ = ["CLIP", "MODELS", "cached_file", "file_sha256", "load", "locate", "read_foreign", "read_state_dict",
+           "resize_positions", "tokenize"]
 

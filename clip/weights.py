@@ -86,6 +86,25 @@ class Module:
         self.attributes = state
 
 
+class Inert:
+    """Stands for an object of any class we do not know: takes whatever the pickle hands it, keeps and does nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def ignore(self, *args, **kwargs):
+        pass
+
+    __init__ = __setstate__ = __setitem__ = append = extend = add = ignore
+
+
+class PlainDict(dict):
+    """An OrderedDict of the archive; state dicts carry an attribute (`_metadata`) that we do not need."""
+
+    def __setstate__(self, state):
+        pass
+
+
 def plain_list(*args):
     """TorchScript's typed lists, `torch.jit._pickle.build_intlist([..])`."""
     return list(args[0])
@@ -111,7 +130,7 @@ class TensorUnpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return self.rebuild_tensor
         if (module, name) == ("collections", "OrderedDict"):
-            return dict
+            return PlainDict
         if module == "torch.jit._pickle" and name in ("build_intlist", "build_doublelist", "build_boollist",
                                                       "build_tensorlist"):
             return plain_list
@@ -141,6 +160,16 @@ class TensorUnpickler(pickle.Unpickler):
         return storage.as_strided(size, stride, offset)
 
 
+class TolerantUnpickler(TensorUnpickler):
+    """The same for checkpoints with objects in them: what it does not know becomes Inert instead of an error."""
+
+    def find_class(self, module, name):
+        try:
+            return super().find_class(module, name)
+        except pickle.UnpicklingError:
+            return Inert
+
+
 def flatten_modules(module, prefix="", seen=None):
     """Module tree -> {dotted name: tensor}. A module met twice (a loop, or a blow-up) is refused."""
     seen = set() if seen is None else seen
@@ -160,11 +189,8 @@ def is_torchscript(archive):
     return any(n.endswith("/constants.pkl") for n in archive.namelist())
 
 
-def read_archive(path):
-    """TorchScript archive -> {name: tensor}, without running any of its code.
-
-    Raises ValueError (one line) for a file that is broken or asks for anything but tensors, dicts and lists.
-    """
+def unpickle(path, unpickler, what):
+    """The one pickle of a torch zip archive, read with `unpickler`. Raises ValueError (one line) where it is refused."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")]
@@ -174,14 +200,34 @@ def read_archive(path):
             order = f"{root}/byteorder"
             if order in archive.namelist() and read_record(archive, order) != b"little":
                 raise pickle.UnpicklingError("big-endian")
-            module = TensorUnpickler(archive, root).load()
-            if not isinstance(module, Module):
-                raise pickle.UnpicklingError("holds no module")
-            return flatten_modules(module)
+            return unpickler(archive, root).load()
     except OSError:
         raise
     except Exception as e:  # a hostile pickle can raise nearly anything
+        raise ValueError(f"{path}: not a readable {what} ({type(e).__name__}: {e})") from None
+
+
+def read_archive(path):
+    """TorchScript archive -> {name: tensor}, without running any of its code.
+
+    Raises ValueError (one line) for a file that is broken or asks for anything but tensors, dicts and lists.
+    """
+    module = unpickle(path, TensorUnpickler, "TorchScript archive")
+    try:
+        if not isinstance(module, Module):
+            raise pickle.UnpicklingError("holds no module")
+        return flatten_modules(module)
+    except (pickle.UnpicklingError, RecursionError) as e:
         raise ValueError(f"{path}: not a readable TorchScript archive ({type(e).__name__}: {e})") from None
+
+
+def read_foreign(path):
+    """Training checkpoint of other code (a torch.save of nested dicts) -> its dicts, lists, numbers, strings and tensors.
+
+    Objects of any other class, such as a config or the versions of long-gone packages, come out as inert placeholders:
+    nothing of the file is run. Raises ValueError (one line) for a broken file.
+    """
+    return unpickle(path, TolerantUnpickler, "checkpoint")
 
 
 def read_state_dict(path):

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import eval as evaluation
-from conftest import CLASSES, draw_dataset, read_json, script
+from conftest import CLASSES, draw_dataset, script
 from eval import (IGNORE, check_inputs, colour_map, confusion, find_dataset, read_image, read_label, score_folder, scores,
                   write_label, write_text, write_whole)
 

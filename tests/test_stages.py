@@ -14,7 +14,7 @@ from PIL import Image
 import stage1_cam as stage1
 import stage2_weakclip as stage2
 import stage3_segment as stage3
-from conftest import CLASSES, COLOURS, draw_scene, tiny_clip
+from conftest import CLASSES, draw_scene, tiny_clip
 from eval import IGNORE, confusion, find_dataset, scores
 
 CPU = stage1.Machine("cpu", amp=False)
