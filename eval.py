@@ -287,7 +287,7 @@ def scores(matrix):
     """Confusion matrix of a whole dataset (K, K + 1) -> percentages.
 
     Per class, over truth-or-predicted pixels: iou + false_positives + false_negatives = 100; NaN where there are none.
-    An "unsure" pixel is a miss for its class. miou: mean over the classes that occur (METHOD: one dataset-wide matrix).
+    An "unsure" pixel is a miss for its class. miou: mean over the classes that occur, from one dataset-wide matrix.
     """
     hit, true, predicted = np.diag(matrix), matrix.sum(1), matrix[:, :-1].sum(0)
     union = true + predicted - hit

@@ -82,6 +82,17 @@ class Machine:
         for g, mean in zip(grads, (flat / self.world).split([g.numel() for g in grads])):
             g.copy_(mean.view_as(g))
 
+    def synchronise_batchnorm(self, model):
+        """Statistics over the whole batch, as in one process. Only CUDA can: elsewhere each process norms its own share."""
+        if self.world > 1 and self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; the parameters stay the same objects
+
+    def share_buffers(self, model):
+        """After training: every process has the running statistics of the first, which are those of the checkpoint."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
     def describe(self):
         if self.device.type == "cuda":
             return f"{self.world} x {torch.cuda.get_device_name(self.device)}"
@@ -214,6 +225,7 @@ def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, f
         dataset, batch_sampler=batch_plan(len(dataset), args.batch_size, args.seed, step, args.iters, machine),
         num_workers=args.workers, pin_memory=machine.device.type == "cuda")
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    machine.synchronise_batchnorm(model)
     bar = tqdm(total=args.iters, initial=step, desc=folder.name, disable=not machine.main)
     model.train()
     for step, batch in enumerate(loader, start=step):
@@ -235,7 +247,7 @@ def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, f
             save_checkpoint(path, model, optimizer, step + 1, facts, frozen)
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    machine.wait()
+    machine.share_buffers(model)
 
 
 class Log:
@@ -281,7 +293,7 @@ def random_window(rng, length, size):
 
 
 class LabelledImages(torch.utils.data.Dataset):
-    """Item (index, sample) -> image (3, crop, crop), labels (K-1,) of 0 and 1. Augmentation of METHOD's textbook CAM."""
+    """Item (index, sample) -> image (3, crop, crop), labels (K-1,) of 0 and 1. Long side U(0.625, 1.25) crop, flip, crop or pad."""
 
     def __init__(self, data, ids, labels, crop, seed):
         self.data, self.ids, self.labels, self.crop, self.seed = data, ids, labels, crop, seed
@@ -370,7 +382,7 @@ def make_optimizer(model, args):
     """SGD; the new layer learns ten times as fast."""
     new = list(model.classifier.parameters())
     old = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("classifier.")]
-    # RELEASED IRN hands its weight decay to SGD's momentum slot, so its real momentum is 1e-4; with ImageNet weights ours is 0
+    # IRN's code hands its weight decay to SGD's momentum slot, so its real momentum is 1e-4: with ImageNet weights ours is 0
     momentum = 0 if model.pretrained else 0.9
     groups = [{"params": old, "base_lr": args.lr}, {"params": new, "base_lr": 10 * args.lr}]
     return torch.optim.SGD(groups, lr=args.lr, momentum=momentum, weight_decay=1e-4)
@@ -387,11 +399,10 @@ def poly(iters, power=0.9):
 def class_maps(model, image, classes, crop, machine):
     """CAMs of one photo: ReLU maps at scales 1, 0.5, 1.5, 2 with their mirror images, summed.
 
-    image (H, W, 3) uint8; classes: the image's class numbers from 1. A photo larger than training ever showed
-    (long side over 1.25 crop) is reduced to that first. Returns (J, ceil(H/4), ceil(W/4)) float32 in [0, 1].
+    image (H, W, 3) uint8; classes: the image's class numbers from 1. Returns (J, ceil(H/4), ceil(W/4)) float32 in [0, 1].
     """
     H, W = image.shape[:2]
-    base = min(1, 1.25 * crop / max(H, W))
+    base = min(1, 1.25 * crop / max(H, W))  # GUESS a photo larger than training ever showed is reduced to that first
     total = 0
     for scale in (1, 0.5, 1.5, 2):
         size = [max(32, round(n * base * scale)) for n in (W, H)]

@@ -79,8 +79,11 @@ RELEASED = Switches(freeze_clip=False, train_adapter=False, drop_path=0.1, chain
                     clip_normalisation=False, train_listed_twice=True, pad_windows=False)
 
 
+RANGES = {"drop_path": (0, 1), "boundary_weight": (0, math.inf), "score_weight": (0, math.inf), "loss_crf_sxy": (0.1, math.inf)}
+
+
 def choose_switches(variant, settings):
-    """Preset name and ["field=value", ...] -> Switches. Raises ValueError for an unknown field or a value of another type."""
+    """Preset name and ["field=value", ...] -> Switches. Raises ValueError for an unknown field, another type, out of range."""
     switches = {"paper": PAPER, "released": RELEASED}[variant]
     types = {f.name: f.type for f in dataclasses.fields(Switches)}
     for text in settings:
@@ -91,6 +94,8 @@ def choose_switches(variant, settings):
             value = {"true": True, "false": False}[value.lower()] if types[name] is bool else float(value)
         except (KeyError, ValueError):
             raise ValueError(f"--set {text}: {name} is {'true or false' if types[name] is bool else 'a number'}") from None
+        if name in RANGES and not RANGES[name][0] <= value < RANGES[name][1]:
+            raise ValueError(f"--set {text}: {name} is from {RANGES[name][0]} to below {RANGES[name][1]}")
         switches = dataclasses.replace(switches, **{name: value})
     return switches
 
@@ -227,8 +232,13 @@ class TextGuidedDecoder(nn.Module):
                 if i > 0:
                     steps.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
             self.climb.append(nn.Sequential(*steps))
+        for m in self.modules():  # He's start, as the released code's building block has it (4)
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
         self.drop = nn.Dropout2d(0.1)
-        self.classify = nn.Conv2d(head_channels, classes, 1)
+        self.classify = nn.Conv2d(head_channels, classes, 1)                        # torch's own start (4)
 
     def neck(self, pyramid):
         x = [conv(p) for conv, p in zip(self.lateral, pyramid)]                     # (B, fpn_channels, ., .)
@@ -264,14 +274,14 @@ class WeakCLIP(nn.Module):
         super().__init__()
         self.clip, self.switches = clip_model, switches
         width, channels = clip_model.visual.proj.shape
-        half, K = channels // 2, len(token_ids)
+        half, K = channels // 2, len(token_ids)  # GUESS trained parts shrink and grow with CLIP; 256 for ViT-B/16
         cd_width = cd_width or half
         guided = width + K if switches.text_guidance else width
         self.register_buffer("token_ids", token_ids, persistent=False)
         if switches.adapter:
             self.adapter = PyramidAdapter(width)
         if switches.prompts:
-            # PAPER: learnable prompts, shared by all classes. RELEASED the same: standard deviation 1, 8 vectors (7)
+            # PAPER learnable prompts, shared by all classes; 8 vectors of standard deviation 1 are the released constants (7)
             text_width = clip_model.token_embedding.weight.shape[1]
             self.contexts = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 8, text_width)))
         if switches.coattention:
@@ -307,7 +317,8 @@ class WeakCLIP(nn.Module):
                 positions = torch.cat([positions[:1] + visual.class_embedding, positions[1:]])
             x = visual.embed(image, positions)                                      # (B, 1 + h*w, C)
             blocks = visual.transformer.resblocks
-            taps = [round(len(blocks) * part) for part in (1 / 3, 1 / 2, 2 / 3, 1)]  # blocks 4, 6, 8, 12 of 12 (12)
+            # GUESS the same parts of the depth for another CLIP; blocks 4, 6, 8, 12 of ViT-B/16's 12 (12)
+            taps = [round(len(blocks) * part) for part in (1 / 3, 1 / 2, 2 / 3, 1)]
             levels = {}
             for i, block in enumerate(blocks):
                 rate = s.drop_path * i / max(1, len(blocks) - 1) if self.training else 0
@@ -411,7 +422,10 @@ def loss_probs(logits, size, aligned=True):
 
 
 def loss_labels(seeds, size, aligned=True):
-    """Seeds (B, H, W) -> (B, h, w) by nearest pixel: at cell centres, or # RELEASED aligned: at cell corners (22)."""
+    """Seeds (B, H, W) -> (B, h, w) by nearest pixel, at cell centres.
+
+    # RELEASED aligned: at cell corners (22).
+    """
     mode = "nearest-exact" if aligned else "nearest"
     return F.interpolate(seeds[:, None].float(), size, mode=mode)[:, 0].long()
 
@@ -422,7 +436,7 @@ def guide_image(image, size, mean, std, aligned=True):
     Ours averages each cell. # RELEASED aligned: corner-aligned samples of the normalised image, without low-pass (22).
     """
     if aligned:
-        x = F.interpolate(image.float(), size, mode="area")
+        x = F.interpolate(image.float(), size, mode="area")  # GUESS the low-pass is a plain average; grey levels are cut, as released
     else:
         x = F.interpolate(image.double(), size, mode="bilinear", align_corners=True).float()
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
@@ -463,13 +477,18 @@ def crf_target(p, guide, sxy):
     return floor_and_normalise(dense_crf(p.clamp(min=1e-4), guide, gaussian=(3, 3), bilateral=(sxy, 13, 10)))
 
 
-def score_loss(score, seeds, over_valid=True):
-    """Cross entropy of the score map (B, K, h, w) / tau, resized to the seeds' size (B, H, W), against the seeds.
+def mean_cross_entropy(logits, labels, over_valid=True):
+    """Cross entropy of logits (B, K, H, W) and labels (B, H, W), 255 = unsure: mean over labelled pixels, 0 without any.
 
-    Mean over labelled pixels. # RELEASED score_loss_over_valid: over all pixels, unsure ones add 0 (24).
+    # RELEASED score_loss_over_valid: mean over all pixels, unsure ones add 0 (24).
     """
-    nll = F.cross_entropy(resize(score / TAU, seeds.shape[1:]), seeds, ignore_index=IGNORE, reduction="sum")
-    return nll / ((seeds != IGNORE).sum().clamp(min=1) if over_valid else seeds.numel())
+    nll = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return nll / ((labels != IGNORE).sum().clamp(min=1) if over_valid else labels.numel())
+
+
+def score_loss(score, seeds, over_valid=True):
+    """PAPER text-to-pixel matching learns from the seeds: the score map (B, K, h, w) / tau, resized to theirs (B, H, W)."""
+    return mean_cross_entropy(resize(score / TAU, seeds.shape[1:]), seeds, over_valid)
 
 
 def weakclip_losses(logits, score, image, seeds, switches, mean, std):
@@ -493,7 +512,7 @@ def weakclip_losses(logits, score, image, seeds, switches, mean, std):
 def fit_size(H, W, short, long):
     """Size (h, w) of an H x W image scaled, ratio kept, to fit `short` and `long` sides."""
     scale = min(long / max(H, W), short / min(H, W))
-    return int(H * scale + 0.5), int(W * scale + 0.5)
+    return max(1, int(H * scale + 0.5)), max(1, int(W * scale + 0.5))
 
 
 def resize_image(image, size):
@@ -505,7 +524,7 @@ def resize_image(image, size):
 def photometric_distortion(rng, image):
     """Brightness +-32, contrast x 0.5..1.5, saturation x 0.5..1.5, hue +-36 degrees, each with probability 0.5.
 
-    image (H, W, 3) uint8; contrast comes before or after saturation and hue, at random. Rounded to uint8 after each step.
+    image (H, W, 3) uint8; contrast comes before or after saturation and hue, at random. Cut to uint8 after each step.
     """
     def linear(x, factor, shift=0.0):
         return np.clip(x.astype(np.float32) * factor + shift, 0, 255).astype(np.uint8)
@@ -515,29 +534,33 @@ def photometric_distortion(rng, image):
     contrast, first = (rng.uniform(0.5, 1.5) if coin() else 1), coin()
     if first:
         image = linear(image, contrast)
-    hsv = np.array(Image.fromarray(image).convert("HSV"))                           # hue 0..255 is the full circle
     if coin():
+        hsv = np.array(Image.fromarray(image).convert("HSV"))
         hsv[..., 1] = linear(hsv[..., 1], rng.uniform(0.5, 1.5))
+        image = np.array(Image.fromarray(hsv, "HSV").convert("RGB"))
     if coin():
+        hsv = np.array(Image.fromarray(image).convert("HSV"))                       # hue 0..255 is the full circle
         hsv[..., 0] += np.uint8(round(int(rng.integers(-18, 18)) * 256 / 180) % 256)  # released steps of 2 degrees; wraps
-    image = np.array(Image.fromarray(hsv, "HSV").convert("RGB"))
+        image = np.array(Image.fromarray(hsv, "HSV").convert("RGB"))
     return image if first else linear(image, contrast)
 
 
 def random_crop(rng, label, crop):
-    """Corner (top, left) of a crop of label (H, W) in which no label covers more than 75 % of what is labelled; 10 tries."""
+    """Corner (top, left) of a crop of label (H, W) in which no label covers 75 % of what is labelled; drawn anew up to 10 times."""
     H, W = label.shape
+    draw = lambda: (int(rng.integers(0, max(H - crop, 0) + 1)), int(rng.integers(0, max(W - crop, 0) + 1)))
+    top, left = draw()
     for _ in range(10):
-        top, left = int(rng.integers(0, max(H - crop, 0) + 1)), int(rng.integers(0, max(W - crop, 0) + 1))
         part = label[top:top + crop, left:left + crop]
         counts = np.bincount(part[part != IGNORE], minlength=2)
         if (counts > 0).sum() > 1 and counts.max() < 0.75 * counts.sum():
             break
+        top, left = draw()
     return top, left
 
 
 class SeededImages(torch.utils.data.Dataset):
-    """Item (index, sample) -> image (3, crop, crop) normalised, seeds (crop, crop) int64. Augmentation of METHOD, in order."""
+    """Item (index, sample) -> image (3, crop, crop) normalised, seeds (crop, crop) int64: scale, crop, flip, colours, pad."""
 
     def __init__(self, data, ids, seeds, crop, seed, switches):
         self.data, self.ids, self.seeds, self.crop, self.seed = data, ids, seeds, crop, seed
@@ -555,6 +578,7 @@ class SeededImages(torch.utils.data.Dataset):
         ratio = rng.uniform(0.5, 2)
         size = fit_size(*image.shape[:2], int(crop * ratio), int(4 * crop * ratio))
         image = resize_image(image, size)
+        # RELEASED aligned: labels are taken at cell corners, half a pixel off the image (22)
         label = F.interpolate(label[None, None], size, mode="nearest-exact" if self.aligned else "nearest")[0, 0].numpy()
         top, left = random_crop(rng, label, crop)
         image, label = image[top:top + crop, left:left + crop], label[top:top + crop, left:left + crop]
@@ -611,7 +635,7 @@ def window_logits(model, x, text, pad):
     pad: to a multiple of 16, and cut back. # RELEASED pad_windows: up to 15 columns are lost, the rest is stretched (30).
     """
     h, w = x.shape[2:]
-    if pad:
+    if pad:  # GUESS with the mean colour, right and below, as in training
         x = F.pad(x, (0, max(-w % 16, 32 - w), 0, max(-h % 16, 32 - h)))
     return resize(model(x, text)[0].float(), x.shape[2:])[..., :h, :w]
 
@@ -649,8 +673,8 @@ def make_views(image, scales, flip, mean_std, crop=None):
     """
     for scale in scales:
         H, W = image.shape[:2]
-        size = fit_size(H, W, int(crop * scale), int(4 * crop * scale)) if crop else (round(H * scale), round(W * scale))
-        x = normalise(resize_image(image, tuple(max(1, n) for n in size)), *mean_std)[None]
+        short, long = (int(crop * scale), int(4 * crop * scale)) if crop else (min(H, W) * scale, max(H, W) * scale)
+        x = normalise(resize_image(image, fit_size(H, W, short, long)), *mean_std)[None]
         yield from [(x, False), (x.flip(3), True)] if flip else [(x, False)]
 
 

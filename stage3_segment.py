@@ -5,13 +5,12 @@ reads   VOC2012/JPEGImages/<id>.jpg, runs/VOC2012/2_weakclip/masks/<split>/<id>.
 writes  runs/VOC2012/3_segment/{args.json, log.jsonl, checkpoint.pt, masks/<split>/<id>.png, preview.png}
 
 Stage 2 has seen its training images' labels; this network needs nothing but the photo, so it is what val and test judge.
-DeepLabV2 (Chen et al., TPAMI 2018) on a torchvision ResNet. # RELEASED another backbone: DeepLabV1 on ResNet-38d.
+DeepLabV2 (Chen et al., TPAMI 2018) on a torchvision ResNet; the released code has DeepLabV1 on ResNet-38d instead.
 """
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -19,8 +18,8 @@ from eval import IGNORE, check_inputs, folder_digest, read_label, run
 from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, common_options, crop_or_pad, fit, fix_batchnorm, load_trained,
                         normalise, open_run, poly, preview_ids, random_window, read_checkpoint, resnet, start_run,
                         truth_pictures, write_preview)
-from stage2_weakclip import (MASK_OPTIONS, make_views, mask_options, mask_photos, masks_are_current, resize, resize_image,
-                             write_all_masks)
+from stage2_weakclip import (MASK_OPTIONS, make_views, mask_options, mask_photos, masks_are_current, mean_cross_entropy, resize,
+                             resize_image, write_all_masks)
 
 # (Gaussian sxy, weight), (bilateral sxy, srgb, weight) at test
 SEGMENT_CRF = {"VOC2012": ((1, 3), (112, 2, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
@@ -39,7 +38,7 @@ class DeepLab(nn.Module):
         self.classifier = nn.ModuleList(
             nn.Conv2d(net.fc.in_features, classes, 3, padding=d, dilation=d) for d in (6, 12, 18, 24))
         for conv in self.classifier:
-            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.normal_(conv.weight, std=0.01)  # GUESS DeepLab's own start
             nn.init.zeros_(conv.bias)
 
     def train(self, mode=True):
@@ -83,7 +82,7 @@ class MaskedImages(torch.utils.data.Dataset):
         image, mask = resize_image(image, size), np.array(Image.fromarray(mask).resize(size[::-1], Image.NEAREST))
         if rng.random() < 0.5:
             image, mask = image[:, ::-1], mask[:, ::-1]
-        top, left = (random_window(rng, n, crop) for n in size)
+        top, left = (random_window(rng, n, crop) for n in size)  # GUESS padding falls on any side
         x = normalise(image, IMAGENET_MEAN, IMAGENET_STD)
         y = torch.from_numpy(mask.astype(np.int64))
         return crop_or_pad(x, crop, top, left, 0), crop_or_pad(y, crop, top, left, IGNORE)
@@ -142,7 +141,7 @@ def train(model, data, ids, args, machine, folder):
         with machine.autocast():
             logits = model(image)
         # GUESS the loss is taken at the mask's size: the logits are upsampled, not the mask reduced
-        return {"loss_cross_entropy": F.cross_entropy(resize(logits.float(), mask.shape[1:]), mask, ignore_index=IGNORE)}
+        return {"loss_cross_entropy": mean_cross_entropy(resize(logits.float(), mask.shape[1:]), mask)}
 
     facts = {"stage": "3_segment", "classes": list(data.classes), "arch": args.arch}
     fit(model, MaskedImages(data, ids, args.masks, args.crop, args.seed), make_optimizer(model, args.lr), losses, poly(args.iters),
