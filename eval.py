@@ -317,7 +317,8 @@ def score_folder(data, folder, split, limit=None):
     return {"split": split, "n": len(both), "of": len(ids), "truth": "+".join(truths), **scores(matrix)}
 
 
-PROVENANCE = ("scales", "flip", "crf", "label_filter", "iters", "upper_bound")  # of a row; None where the masks' maker did not say
+# of a row; None where the masks' maker did not say
+PROVENANCE = ("scales", "flip", "crf", "label_filter", "iters", "upper_bound")
 
 
 def read_args(folder):
@@ -350,8 +351,8 @@ def how(r):
     """Where the numbers of a row come from, in words."""
     said = [f"{r['iters']} iterations" if r["iters"] else "", f"scales {r['scales']}" if r["scales"] else "",
             "flip" if r["flip"] else "", "CRF" if r["crf"] else "no CRF" if r["crf"] is False else "",
-            "image-label filter" if r["label_filter"] else "", "trained on true masks: an upper bound" if r["upper_bound"] else "",
-            f"truth {r['truth']}"]
+            "image-label filter" if r["label_filter"] else "",
+            "trained on true masks: an upper bound" if r["upper_bound"] else "", f"truth {r['truth']}"]
     return ", ".join(s for s in said if s)
 
 

@@ -144,7 +144,8 @@ def start_run(folder, args, machine, digests, mask_options=()):
                 raise ValueError(f"{folder} was made with {k} = {old.get(k)}, now it is {v}; "
                                  "give --overwrite to start afresh, or another --runs")
     if machine.main and not before:
-        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True)
+        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"],
+                             capture_output=True, text=True)
         write_json(folder / "args.json", {
             "options": options, "digests": digests, "commit": git.stdout.strip() or None, "device": machine.describe(),
             "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}})
@@ -293,7 +294,7 @@ def random_window(rng, length, size):
 
 
 class LabelledImages(torch.utils.data.Dataset):
-    """Item (index, sample) -> image (3, crop, crop), labels (K-1,) of 0 and 1. Long side U(0.625, 1.25) crop, flip, crop or pad."""
+    """Item (index, sample) -> image (3, crop, crop), labels (K-1,) of 0 and 1; long side U(0.625, 1.25) crop, flip, pad."""
 
     def __init__(self, data, ids, labels, crop, seed):
         self.data, self.ids, self.labels, self.crop, self.seed = data, ids, labels, crop, seed
@@ -579,7 +580,8 @@ def write_preview(path, rows, height=160):
     """Rows of pictures (image | what went in | what came out | truth), each (H, W, 3) uint8 or (H, W) labels -> one PNG."""
     def picture(x):
         x = colour_map()[x] if x.ndim == 2 else x
-        return np.asarray(Image.fromarray(x).resize((max(1, round(x.shape[1] * height / x.shape[0])), height), Image.NEAREST))
+        width = max(1, round(x.shape[1] * height / x.shape[0]))
+        return np.asarray(Image.fromarray(x).resize((width, height), Image.NEAREST))
     strips = [np.concatenate([np.pad(picture(x), ((2, 2), (2, 2), (0, 0)), constant_values=255) for x in row], 1)
               for row in rows]
     width = max(s.shape[1] for s in strips)
@@ -605,12 +607,12 @@ def common_options(description, lr, batch_size, crop):
     p = argparse.ArgumentParser(description=description)
     files = p.add_argument_group("files")
     files.add_argument("--data", required=True, metavar="NAME|DIR", help="dataset folder in VOC's layout (README, Data)")
-    files.add_argument("--runs", type=Path, default=Path("runs"), help="one folder per dataset and stage is made in it [%(default)s]")
+    files.add_argument("--runs", type=Path, default=Path("runs"), help="gets a folder per dataset and stage [%(default)s]")
     files.add_argument("--overwrite", action="store_true", help="delete this stage's folder and start afresh")
     method = p.add_argument_group("method (changes results; defaults are the recipe)")
     method.add_argument("--iters", type=int, help="iterations (optimizer steps) [the recipe's]")
-    method.add_argument("--batch-size", type=int, default=batch_size, help="images an iteration, all devices together [%(default)s]")
-    method.add_argument("--crop", type=int, default=crop, help="training crop, pixels; other sizes scale with it [%(default)s]")
+    method.add_argument("--batch-size", type=int, default=batch_size, help="images an iteration, on all devices [%(default)s]")
+    method.add_argument("--crop", type=int, default=crop, help="training crop, pixels; all sizes scale with it [%(default)s]")
     method.add_argument("--lr", type=float, default=lr, help="base learning rate [the recipe's]")
     method.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout [%(default)s]")
     method.add_argument("--limit", type=int, metavar="N", help="use only the first N images of every list")
@@ -620,6 +622,11 @@ def common_options(description, lr, batch_size, crop):
     machine.add_argument("--amp", action="store_true", help="bfloat16 forward and backward, where the device has it")
     machine.add_argument("--workers", type=int, help="processes that load images [0 on a CPU, else up to 8]")
     return p, method, machine
+
+
+def backbone_options(method, arch):
+    method.add_argument("--arch", choices=("resnet18", "resnet50", "resnet101"), default=arch, help="backbone [%(default)s]")
+    method.add_argument("--weights", default="imagenet", help="imagenet (downloaded), none, or a ResNet's file [%(default)s]")
 
 
 def open_run(args, multiple=32):
@@ -642,8 +649,7 @@ def open_run(args, multiple=32):
 
 def parse_args(argv=None):
     p, method, _ = common_options(__doc__.splitlines()[0], lr=None, batch_size=16, crop=512)
-    method.add_argument("--arch", choices=("resnet18", "resnet50", "resnet101"), default="resnet50", help="backbone [%(default)s]")
-    method.add_argument("--weights", default="imagenet", help="imagenet (downloaded), none, or a file with a ResNet's state dict [%(default)s]")
+    backbone_options(method, "resnet50")
     return p.parse_args(argv)
 
 
@@ -669,15 +675,17 @@ def main():
             score = model(image)                                                     # (B, K-1)
         return {"loss_multilabel": F.multilabel_soft_margin_loss(score.float(), y)}  # mean over images and classes
 
-    fit(model, LabelledImages(data, ids, labels, args.crop, args.seed), make_optimizer(model, args), losses, poly(args.iters),
-        args, machine, folder, facts={"stage": "1_cam", "classes": list(data.classes)})
+    facts = {"stage": "1_cam", "classes": list(data.classes)}
+    fit(model, LabelledImages(data, ids, labels, args.crop, args.seed), make_optimizer(model, args), losses,
+        poly(args.iters), args, machine, folder, facts)
     write_seeds(model, data, ids, labels, args, machine, folder)
     if machine.main:
         set_provenance(folder, iters=args.iters, scales=[1, 0.5, 1.5, 2], flip=True, crf=False, label_filter=True)
         rows = []
         for i in preview_ids([i for i in ids if labels[i]]):
             image, cam = data.image(i), np.load(folder / "cams" / f"{i}.npz")["cam"][0]
-            rows.append([image, heat(cam, image.shape[:2]), read_label(folder / "seeds" / f"{i}.png"), *truth_pictures(data, i)])
+            seeds = read_label(folder / "seeds" / f"{i}.png")
+            rows.append([image, heat(cam, image.shape[:2]), seeds, *truth_pictures(data, i)])
         write_preview(folder / "preview.png", rows)
         print(f"{folder}: {len(ids)} seeds. Next: python stage2_weakclip.py --data {args.data}")
 

@@ -79,11 +79,12 @@ RELEASED = Switches(freeze_clip=False, train_adapter=False, drop_path=0.1, chain
                     clip_normalisation=False, train_listed_twice=True, pad_windows=False)
 
 
-RANGES = {"drop_path": (0, 1), "boundary_weight": (0, math.inf), "score_weight": (0, math.inf), "loss_crf_sxy": (0.1, math.inf)}
+RANGES = {"drop_path": (0, 1), "boundary_weight": (0, math.inf), "score_weight": (0, math.inf),
+          "loss_crf_sxy": (0.1, math.inf)}
 
 
 def choose_switches(variant, settings):
-    """Preset name and ["field=value", ...] -> Switches. Raises ValueError for an unknown field, another type, out of range."""
+    """Preset name and ["field=value", ...] -> Switches. Raises ValueError for an unknown field or a value it cannot have."""
     switches = {"paper": PAPER, "released": RELEASED}[variant]
     types = {f.name: f.type for f in dataclasses.fields(Switches)}
     for text in settings:
@@ -285,7 +286,8 @@ class WeakCLIP(nn.Module):
             text_width = clip_model.token_embedding.weight.shape[1]
             self.contexts = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 8, text_width)))
         if switches.coattention:
-            self.coattention = CoAttention(channels, cd_width, cd_heads or max(1, cd_width // 64), switches.chain_coattention)
+            heads = cd_heads or max(1, cd_width // 64)
+            self.coattention = CoAttention(channels, cd_width, heads, switches.chain_coattention)
             self.gamma = nn.Parameter(0.1 * torch.ones(channels))                   # how much of it is added, per channel
             self.beta = nn.Parameter(0.1 * torch.ones(channels))
         self.decoder = TextGuidedDecoder(guided, fpn_channels or half, head_channels or half, K)
@@ -307,7 +309,7 @@ class WeakCLIP(nn.Module):
     def encode_image(self, image):
         """image (B, 3, H, W) normalised -> four token grids (B, C, h, w), global (B, D), dense (B, D, h, w); h = H // 16."""
         if min(image.shape[2:]) < 32:
-            raise ValueError(f"an image of {tuple(image.shape[2:])} pixels has no stride-32 level; at least 32 x 32 is needed (34)")
+            raise ValueError(f"an image of {tuple(image.shape[2:])} pixels has no stride-32 level; 32 x 32 is the least (34)")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.switches.freeze_clip):
             visual, s = self.clip.visual, self.switches
             h, w = image.shape[2] // 16, image.shape[3] // 16
@@ -373,9 +375,11 @@ class WeakCLIP(nn.Module):
 RELEASED_NAMES = [(re.compile(ours), theirs) for ours, theirs in (
     (r"^clip\.visual\.", "backbone."), (r"^clip\.", "text_encoder."), (r"^adapter\.level", "backbone.fpn"),
     (r"^coattention\.visual_in\.", "context_decoder.memory_proj."), (r"^coattention\.text_in\.", "context_decoder.text_proj."),
-    (r"^coattention\.text_layers\.", "context_decoder.decoder."), (r"^coattention\.visual_layers\.", "context_decoder.anti_decoder."),
-    (r"^coattention\.text_out\.", "context_decoder.out_proj."), (r"^coattention\.visual_out\.", "context_decoder.anti_out_proj."),
-    (r"^decoder\.lateral\.(\d)\.", r"neck.lateral_convs.\1.conv."), (r"^decoder\.smooth\.(\d)\.", r"neck.fpn_convs.\1.conv."),
+    (r"^coattention\.text_layers\.", "context_decoder.decoder."), (r"^coattention\.text_out\.", "context_decoder.out_proj."),
+    (r"^coattention\.visual_layers\.", "context_decoder.anti_decoder."),
+    (r"^coattention\.visual_out\.", "context_decoder.anti_out_proj."),
+    (r"^decoder\.lateral\.(\d)\.", r"neck.lateral_convs.\1.conv."),
+    (r"^decoder\.smooth\.(\d)\.", r"neck.fpn_convs.\1.conv."),
     (r"^decoder\.climb\.", "decode_head.scale_heads."), (r"^decoder\.classify\.", "decode_head.conv_seg."))]
 
 
@@ -397,7 +401,8 @@ def from_released(state, token_ids, switches=RELEASED, vision_heads=None, transf
     parts = ("visual.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
     clip_state = {k: v for k, v in ours.items() if k.startswith(parts)} | {"logit_scale": torch.tensor(math.log(1 / TAU))}
     try:
-        sizes = dict(cd_width=len(state["context_decoder.text_proj.1.weight"]), fpn_channels=len(state["neck.fpn_convs.0.conv.weight"]),
+        sizes = dict(cd_width=len(state["context_decoder.text_proj.1.weight"]),
+                     fpn_channels=len(state["neck.fpn_convs.0.conv.weight"]),
                      head_channels=state["decode_head.conv_seg.weight"].shape[1])
         crop = 16 * math.isqrt(len(state["backbone.positional_embedding"]) - 1)
     except KeyError as e:
@@ -436,7 +441,8 @@ def guide_image(image, size, mean, std, aligned=True):
     Ours averages each cell. # RELEASED aligned: corner-aligned samples of the normalised image, without low-pass (22).
     """
     if aligned:
-        x = F.interpolate(image.float(), size, mode="area")  # GUESS the low-pass is a plain average; grey levels are cut, as released
+        # GUESS the low-pass is a plain average; grey levels are cut to whole numbers, as in the released code
+        x = F.interpolate(image.float(), size, mode="area")
     else:
         x = F.interpolate(image.double(), size, mode="bilinear", align_corners=True).float()
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
@@ -546,7 +552,7 @@ def photometric_distortion(rng, image):
 
 
 def random_crop(rng, label, crop):
-    """Corner (top, left) of a crop of label (H, W) in which no label covers 75 % of what is labelled; drawn anew up to 10 times."""
+    """Corner (top, left) of a crop in which no label covers 75 % of what is labelled; drawn anew up to 10 times."""
     H, W = label.shape
     draw = lambda: (int(rng.integers(0, max(H - crop, 0) + 1)), int(rng.integers(0, max(W - crop, 0) + 1)))
     top, left = draw()
@@ -746,7 +752,7 @@ def name_tokens(classes, context_length, prompts=8):
     tokens = clip.tokenize(list(classes))
     L = int(tokens.argmax(1).max()) + 1
     if L + prompts > context_length:
-        raise ValueError(f"the longest class name has {L} tokens, with {prompts} prompts over CLIP's context of {context_length}")
+        raise ValueError(f"the longest class name has {L} tokens; with {prompts} prompts CLIP's {context_length} are too few")
     return tokens[:, :L]
 
 
@@ -789,16 +795,18 @@ def open_released(path, saved, args, classes=None):
     The switches are `--variant released`, `--set` on top. Of COCO's 91 released slots 80 and background are classes (32).
     """
     state = {k: v for k, v in saved["state_dict"].items() if isinstance(v, torch.Tensor)}
-    K, outputs, table = len(state.get("decode_head.conv_seg.weight", ())), None, state.get("text_encoder.positional_embedding", ())
+    K, outputs = len(state.get("decode_head.conv_seg.weight", ())), None
+    context_length = len(state.get("text_encoder.positional_embedding", ()))
     names = classes or {len(VOC_CLASSES): VOC_CLASSES, len(COCO_SLOTS): COCO_CLASSES}.get(K, ())
     if K == len(COCO_SLOTS) and tuple(names) == COCO_CLASSES:
         names, outputs = COCO_SLOTS, [COCO_SLOTS.index(n) for n in COCO_CLASSES]
     if K and len(names) != K:
         raise ValueError(f"{path} has {K} classes, the dataset {len(names)}")
-    model = from_released(state, name_tokens(names, len(table)), choose_switches("released", args.set))
+    model = from_released(state, name_tokens(names, context_length), choose_switches("released", args.set))
+    crop = 16 * math.isqrt(len(state["backbone.positional_embedding"]) - 1)
     meta = saved.get("meta")
     step = meta.get("iter") if isinstance(meta, dict) else None
-    return model, 16 * math.isqrt(len(state["backbone.positional_embedding"]) - 1), step if type(step) is int else None, outputs
+    return model, crop, step if type(step) is int else None, outputs
 
 
 def positive(text):
@@ -813,9 +821,9 @@ def mask_options(p, scales):
     masks.add_argument("--scales", type=positive, nargs="+", default=scales, help="test scales [%(default)s]")
     masks.add_argument("--no-flip", action="store_true", help="leave out the mirror images")
     masks.add_argument("--no-crf", action="store_true", help="leave out the dense CRF")
-    masks.add_argument("--label-filter", action="store_true", help="only classes of the image-level labels may win; training list only (28)")
+    masks.add_argument("--label-filter", action="store_true", help="training list: only the image's classes may win (28)")
     masks.add_argument("--save-probs", action="store_true", help="also write probs/<split>/<id>.npz, float16")
-    masks.add_argument("--images", type=Path, metavar="DIR", help="write masks of the photos in DIR to images/<DIR's name>/ and stop")
+    masks.add_argument("--images", type=Path, metavar="DIR", help="write masks of the photos in DIR to images/ and stop")
     return masks
 
 
@@ -875,10 +883,13 @@ def write_all_masks(predict, data, splits, folder, args, machine, crf):
 
 def parse_args(argv=None):
     p, method, _ = common_options(__doc__.splitlines()[0], lr=1e-4, batch_size=None, crop=512)
-    method.add_argument("--clip", default="ViT-B/16", metavar="NAME|PATH|random", help="the frozen model; patch 16 [%(default)s]")
+    method.add_argument("--clip", default="ViT-B/16", metavar="NAME|PATH|random",
+                        help="the frozen model, patch 16 [%(default)s]")
     method.add_argument("--seeds", type=Path, metavar="DIR", help="label PNGs to learn from, any method's [stage 1's]")
-    method.add_argument("--variant", choices=("paper", "released"), default="paper", help="the abstract, or the released code to the letter [%(default)s]")
-    method.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change one switch; " + ", ".join(f.name for f in dataclasses.fields(Switches)))
+    method.add_argument("--variant", choices=("paper", "released"), default="paper",
+                        help="the abstract, or the released code to the letter [%(default)s]")
+    method.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                        help="change one switch; " + ", ".join(f.name for f in dataclasses.fields(Switches)))
     method.add_argument("--checkpoint", type=Path, metavar="FILE", help="train nothing, make masks with this checkpoint")
     mask_options(p, [0.5, 0.75, 1.0, 1.25, 1.5, 1.75])
     return p.parse_args(argv)

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import nn
 
 from eval import IGNORE, check_inputs, folder_digest, read_label, run
-from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, common_options, crop_or_pad, fit, fix_batchnorm, load_trained,
-                        normalise, open_run, poly, preview_ids, random_window, read_checkpoint, resnet, start_run,
-                        truth_pictures, write_preview)
+from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, common_options, crop_or_pad, fit,
+                        fix_batchnorm, load_trained, normalise, open_run, poly, preview_ids, random_window, read_checkpoint,
+                        resnet, start_run, truth_pictures, write_preview)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_options, mask_photos, masks_are_current, mean_cross_entropy, resize,
                              resize_image, write_all_masks)
 
@@ -110,9 +110,8 @@ def predictor(model, args, machine):
 
 def parse_args(argv=None):
     p, method, _ = common_options(__doc__.splitlines()[0], lr=None, batch_size=16, crop=448)
-    method.add_argument("--arch", choices=("resnet18", "resnet50", "resnet101"), default="resnet101", help="backbone [%(default)s]")
-    method.add_argument("--weights", default="imagenet", help="imagenet (downloaded), none, or a file with a ResNet's state dict [%(default)s]")
-    method.add_argument("--masks", type=Path, metavar="DIR", help="label PNGs to train on [stage 2's]; true masks give an upper bound")
+    backbone_options(method, "resnet101")
+    method.add_argument("--masks", type=Path, metavar="DIR", help="label PNGs [stage 2's]; true masks give an upper bound")
     p.add_argument("--predict", default="val", metavar="LIST,LIST", help="lists to predict [%(default)s]")
     mask_options(p, [0.5, 0.75, 1.0, 1.25, 1.5])
     return p.parse_args(argv)
@@ -144,8 +143,8 @@ def train(model, data, ids, args, machine, folder):
         return {"loss_cross_entropy": mean_cross_entropy(resize(logits.float(), mask.shape[1:]), mask)}
 
     facts = {"stage": "3_segment", "classes": list(data.classes), "arch": args.arch}
-    fit(model, MaskedImages(data, ids, args.masks, args.crop, args.seed), make_optimizer(model, args.lr), losses, poly(args.iters),
-        args, machine, folder, facts)
+    fit(model, MaskedImages(data, ids, args.masks, args.crop, args.seed), make_optimizer(model, args.lr), losses,
+        poly(args.iters), args, machine, folder, facts)
 
 
 def preview(data, ids, split, folder):
