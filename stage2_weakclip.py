@@ -266,12 +266,12 @@ def drop_path(x, rate):
 class WeakCLIP(nn.Module):
     """The network. clip: a CLIP with patch 16; token_ids (K, L) int64: tokenised class names, background first.
 
-    crop: training crop in pixels; cd_width, cd_heads, fpn_channels, head_channels: sizes of the trained parts, by default
-    half of CLIP's embedding (256 and 4 heads for ViT-B/16, the paper's).
+    crop: training crop in pixels; contexts: number of learnable prompts; cd_width, cd_heads, fpn_channels, head_channels:
+    sizes of the trained parts, by default half of CLIP's embedding (256 and 4 heads for ViT-B/16, the paper's).
     """
 
-    def __init__(self, clip_model, token_ids, switches=PAPER, crop=512, cd_width=None, cd_heads=None, fpn_channels=None,
-                 head_channels=None):
+    def __init__(self, clip_model, token_ids, switches=PAPER, crop=512, contexts=8, cd_width=None, cd_heads=None,
+                 fpn_channels=None, head_channels=None):
         super().__init__()
         self.clip, self.switches = clip_model, switches
         width, channels = clip_model.visual.proj.shape
@@ -284,7 +284,7 @@ class WeakCLIP(nn.Module):
         if switches.prompts:
             # PAPER learnable prompts, shared by all classes; 8 vectors of standard deviation 1 are the released constants (7)
             text_width = clip_model.token_embedding.weight.shape[1]
-            self.contexts = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 8, text_width)))
+            self.contexts = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, contexts, text_width)))
         if switches.coattention:
             heads = cd_heads or max(1, cd_width // 64)
             self.coattention = CoAttention(channels, cd_width, heads, switches.chain_coattention)
@@ -338,7 +338,7 @@ class WeakCLIP(nn.Module):
         """Class texts (K, D): [start, 8 contexts, name, end], read at the end token's place."""
         x, end = self.clip.token_embedding(self.token_ids), self.token_ids.argmax(1)  # (K, L, C), (K,)
         if self.switches.prompts:
-            x = torch.cat([x[:, :1], self.contexts.expand(len(x), -1, -1), x[:, 1:]], 1)  # (K, 8 + L, C)
+            x = torch.cat([x[:, :1], self.contexts.expand(len(x), -1, -1), x[:, 1:]], 1)  # (K, contexts + L, C)
             end = end + self.contexts.shape[1]
         return self.clip.text_features(x, end)                                      # (K, D)
 
@@ -401,7 +401,7 @@ def from_released(state, token_ids, switches=RELEASED, vision_heads=None, transf
     parts = ("visual.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
     clip_state = {k: v for k, v in ours.items() if k.startswith(parts)} | {"logit_scale": torch.tensor(math.log(1 / TAU))}
     try:
-        sizes = dict(cd_width=len(state["context_decoder.text_proj.1.weight"]),
+        sizes = dict(contexts=state["contexts"].shape[1], cd_width=len(state["context_decoder.text_proj.1.weight"]),
                      fpn_channels=len(state["neck.fpn_convs.0.conv.weight"]),
                      head_channels=state["decode_head.conv_seg.weight"].shape[1])
         crop = 16 * math.isqrt(len(state["backbone.positional_embedding"]) - 1)
