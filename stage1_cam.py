@@ -345,7 +345,7 @@ def resnet(arch, weights, dilations):
 def fix_batchnorm(model):
     """Keep pre-trained BatchNorm statistics: train() leaves these layers in eval mode."""
     for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
+        if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             m.eval()
 
 
