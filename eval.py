@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -213,9 +214,9 @@ class Dataset:
             labels[i] = sorted({number[n] for n in names[i]})
         return labels
 
-    def digests(self, *splits):
-        """sha256 of the lists and of the classes: what tells one dataset from another when a run is resumed."""
-        parts = {split: "\n".join(self.ids(split)) for split in splits if self.has(split)}
+    def digests(self, *splits, **texts):
+        """sha256 of the lists, the classes and `texts`: what tells one dataset from another when a run is resumed."""
+        parts = texts | {split: "\n".join(self.ids(split)) for split in splits if self.has(split)}
         parts["classes"] = "\n".join(self.classes)
         return {k: hashlib.sha256(v.encode()).hexdigest() for k, v in parts.items()}
 
@@ -226,6 +227,11 @@ def annotated_objects(path):
         return [o.findtext("name", "").strip() for o in ElementTree.parse(path).getroot().iter("object")]
     except ElementTree.ParseError as e:
         raise ValueError(f"{path}: not a readable annotation ({e})") from None
+
+
+def dataset_name(name):
+    """Last part of `--data`: names the run's folder and picks COCO's recipe. A link keeps its own name."""
+    return Path(os.path.abspath(name)).name
 
 
 def find_dataset(name):
@@ -240,7 +246,7 @@ def find_dataset(name):
         classes = tuple(n.strip() for n in path.read_text().splitlines() if n.strip())
         if len(classes) < 2 or len(set(classes)) < len(classes) or len(classes) > IGNORE:
             raise ValueError(f"{path}: 2 to {IGNORE} different class names are expected, background first")
-    return Dataset(root, root.resolve().name, classes)
+    return Dataset(root, dataset_name(root), classes)
 
 
 def for_each(function, items, text):
@@ -309,10 +315,14 @@ def score_folder(data, folder, split, limit=None):
     if not both:
         return None
 
+    matrix, lock = np.zeros((K, K + 1), np.int64), Lock()
+
     def one(i):
         truth = read_label(data.truth_path(i), K)
-        return confusion(truth, read_label(folder / f"{i}.png", K, truth.shape), K)
-    matrix = sum(for_each(one, both, f"scoring {folder}"))
+        counts = confusion(truth, read_label(folder / f"{i}.png", K, truth.shape), K)
+        with lock:  # summed at once: COCO's 80,000 matrices would be 4 GB
+            np.add(matrix, counts, out=matrix)
+    for_each(one, both, f"scoring {folder}")
     truths = sorted({data.truth_path(i).parent.name for i in both})
     return {"split": split, "n": len(both), "of": len(ids), "truth": "+".join(truths), **scores(matrix)}
 
@@ -335,14 +345,17 @@ def score_runs(data, folder):
         training = said.get("options", {}).get("split")
         found = [(training, folder / stage / "seeds")] if stage == "1_cam" else \
             [(p.name, p) for p in sorted((folder / stage / "masks").glob("*"))]
+        if training == "trainaug" and data.has("train"):  # papers report train's 1,464, which trainaug contains
+            found += [("train", p) for split, p in found if split == training]
         for split, masks in found:
             if split is None or not masks.is_dir() or not data.has(split):
                 continue
             row = score_folder(data, masks, split, said.get("options", {}).get("limit"))
             if row:
                 facts = {k: said.get("provenance", {}).get(k) for k in PROVENANCE}
-                facts["label_filter"] = bool(facts["label_filter"]) and split == training  # never on val or test
-                facts["upper_bound"] = "SegmentationClass" in str(said.get("options", {}).get("masks"))  # true masks went in
+                facts["label_filter"] = bool(facts["label_filter"]) and masks.name in (training, "seeds")  # never on val
+                went_in = [str(said.get("options", {}).get(k)) for k in ("seeds", "masks")]
+                facts["upper_bound"] = any("SegmentationClass" in path for path in went_in)  # true masks
                 rows.append({"stage": stage, **row, **facts})
     return rows
 
@@ -507,7 +520,7 @@ def flow(stages, first):
         iters = said.get("provenance", {}).get("iters")
         html += f'<li class="stage"><b>{s}</b><p>{text}</p><small>{f"{iters:,} iterations" if iters else ""}</small></li>'
         html += handed(name, f"{s}/{masks}")
-    return f'<ol class="flow">{html}</ol><small>True masks are read only to score and to show, never to train.</small>'
+    return f'<ol class="flow">{html}</ol>'
 
 
 def table(rows):
@@ -643,7 +656,8 @@ def main():
     rows = score_runs(data, folder)
     write_report(data, folder, rows)  # first: its pictures need no truth
     if not rows:
-        raise ValueError(f"{folder}: no masks with a truth to score; run stage1_cam.py --data {args.data} first")
+        raise ValueError(f"{folder}: no masks with a truth to score; python stage1_cam.py --data {args.data} makes seeds, "
+                         f"{data.root}/SegmentationClass holds true masks")
     print_rows(rows)
     write_metrics(data, folder, rows)
     print(f"written: {folder / 'metrics.json'}, {folder / 'metrics.csv'}, {folder / 'report.html'}")

@@ -11,6 +11,7 @@ The machinery that all stages share stands here, where it is first needed: run f
 """
 import argparse
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -54,7 +55,8 @@ class Machine:
         except (RuntimeError, AssertionError) as e:
             raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # a process may check, download or write masks alone for longer than the usual limit of 10 minutes
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
         self.main = self.rank == 0
         self.amp = amp
         if amp:
@@ -73,7 +75,10 @@ class Machine:
             dist.barrier()
 
     def average_gradients(self, parameters):
-        """After backward: every process gets the mean of all processes' gradients (one message)."""
+        """After backward: every process gets the mean of all processes' gradients (one message).
+
+        Each loss is a mean over its process's share, so unsure pixels weigh a little otherwise than in one process.
+        """
         if self.world == 1:
             return
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -270,7 +275,7 @@ class Log:
 
 def normalise(image, mean, std):
     """(H, W, 3) uint8 -> (3, H, W) float32, (x - mean) / std per channel, mean and std in grey levels."""
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # a copy: torch takes no mirrored array
     return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
@@ -483,7 +488,7 @@ class Lattice:
         steps = torch.ones(d + 1, d, dtype=torch.int64, device=keys.device)
         steps[torch.arange(d), torch.arange(d)] = -d
         self.neighbours = [[find(vertices, vertices + sign * (s * place[1:]).sum()) for sign in (1, -1)] for s in steps]
-        self.scale = 1 / (1 + 2.0 ** -d)
+        self.scale = 1 / (1 + 2.0 ** -d)  # the blur's gain (Adams et al.); cancels in D^-1/2 k D^-1/2
         self.shape = B, P
 
     def __call__(self, values):
@@ -517,7 +522,7 @@ def simplex(f):
     rest = e - base
     larger = (rest[:, None, :] > rest[:, :, None]) | ((rest[:, None, :] == rest[:, :, None]) & (axis < axis[:, None]))
     rank = larger.sum(2) + off                                                       # (P, d+1)
-    low, high = rank < 0, rank > d
+    low, high = rank < 0, rank > d  # move these coordinates by d + 1, so that the point lies in the plane again
     base = base + (d + 1) * (low.to(f.dtype) - high.to(f.dtype))
     rank = rank + (d + 1) * (low.long() - high.long())
     # barycentric weights from the sorted remainders
@@ -556,6 +561,7 @@ def dense_crf(probs, image, gaussian=(3, 3), bilateral=(80, 13, 10), iterations=
         Q0 = softmax(-U),  Q <- softmax(-U + sum_m w_m D_m^-1/2 k_m D_m^-1/2 Q),  U = -log probs, D = row sums of k
     probs (B, K, H, W) positive, rows need not sum to one; image (B, 3, H, W) RGB 0..255;
     gaussian (sxy, weight), bilateral (sxy, srgb, weight), sxy in pixels, srgb in grey levels. Returns Q (B, K, H, W).
+    Potts model: similar pixels raise each other's score of the class they are of, different classes do not interact.
     """
     B, K, H, W = probs.shape
     y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
@@ -603,7 +609,7 @@ def preview_ids(ids, n=8):
 # ========================================================================================================= command line
 
 def common_options(description, lr, batch_size, crop):
-    """Parser with the options that all stages have; returns it with its groups "method" and "machine"."""
+    """Parser with the options that all stages have; returns it with its group "method"."""
     p = argparse.ArgumentParser(description=description)
     files = p.add_argument_group("files")
     files.add_argument("--data", required=True, metavar="NAME|DIR", help="dataset folder in VOC's layout (README, Data)")
@@ -612,7 +618,8 @@ def common_options(description, lr, batch_size, crop):
     method = p.add_argument_group("method (changes results; defaults are the recipe)")
     method.add_argument("--iters", type=int, help="iterations (optimizer steps) [the recipe's]")
     method.add_argument("--batch-size", type=int, default=batch_size, help="images an iteration, on all devices [%(default)s]")
-    method.add_argument("--crop", type=int, default=crop, help="training crop, pixels; all sizes scale with it [%(default)s]")
+    method.add_argument("--crop", type=int, default=crop,
+                        help="training crop in pixels, a multiple of 32; test sizes scale with it [%(default)s]")
     method.add_argument("--lr", type=float, default=lr, help="base learning rate [the recipe's]")
     method.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout [%(default)s]")
     method.add_argument("--limit", type=int, metavar="N", help="use only the first N images of every list")
@@ -621,7 +628,7 @@ def common_options(description, lr, batch_size, crop):
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [%(default)s]")
     machine.add_argument("--amp", action="store_true", help="bfloat16 forward and backward, where the device has it")
     machine.add_argument("--workers", type=int, help="processes that load images [0 on a CPU, else up to 8]")
-    return p, method, machine
+    return p, method
 
 
 def backbone_options(method, arch):
@@ -629,14 +636,14 @@ def backbone_options(method, arch):
     method.add_argument("--weights", default="imagenet", help="imagenet (downloaded), none, or a ResNet's file [%(default)s]")
 
 
-def open_run(args, multiple=32):
+def open_run(args):
     """What every stage starts with: dataset, machine, checked numbers, and the options left open filled in."""
-    for name, low in (("iters", 1), ("batch_size", 1), ("crop", 2 * multiple), ("limit", 1), ("seed", 0), ("workers", 0)):
+    for name, low in (("iters", 1), ("batch_size", 1), ("crop", 64), ("limit", 1), ("seed", 0), ("workers", 0), ("lr", 1e-12)):
         value = getattr(args, name)
-        if value is not None and value < low:
+        if value is not None and not low <= value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least {low} is expected")
-    if args.crop % multiple:
-        raise ValueError(f"--crop {args.crop}: a multiple of {multiple} is expected")
+    if args.crop % 32:  # the coarsest stride
+        raise ValueError(f"--crop {args.crop}: a multiple of 32 is expected")
     data = find_dataset(args.data)
     args.split = args.split or data.training_split()
     machine = Machine(args.device, args.amp)
@@ -648,7 +655,7 @@ def open_run(args, multiple=32):
 
 
 def parse_args(argv=None):
-    p, method, _ = common_options(__doc__.splitlines()[0], lr=None, batch_size=16, crop=512)
+    p, method = common_options(__doc__.splitlines()[0], lr=None, batch_size=16, crop=512)
     backbone_options(method, "resnet50")
     return p.parse_args(argv)
 
@@ -663,7 +670,7 @@ def main():
     args.lr = args.lr or (0.01 if args.weights == "none" else 0.1)
     args.iters = args.iters or 5 * max(1, len(ids) // args.batch_size)    # 5 epochs; VOC's 10,582 images: 3,305
     folder = args.runs / data.name / "1_cam"
-    start_run(folder, args, machine, data.digests(args.split))
+    start_run(folder, args, machine, data.digests(args.split, labels=json.dumps(labels)))
     if (folder / "preview.png").is_file():                                # written last
         return print(f"{folder}: finished; --overwrite starts afresh")
 
@@ -682,10 +689,10 @@ def main():
     if machine.main:
         set_provenance(folder, iters=args.iters, scales=[1, 0.5, 1.5, 2], flip=True, crf=False, label_filter=True)
         rows = []
-        for i in preview_ids([i for i in ids if labels[i]]):
-            image, cam = data.image(i), np.load(folder / "cams" / f"{i}.npz")["cam"][0]
-            seeds = read_label(folder / "seeds" / f"{i}.png")
-            rows.append([image, heat(cam, image.shape[:2]), seeds, *truth_pictures(data, i)])
+        for i in preview_ids(ids):
+            image, cams = data.image(i), np.load(folder / "cams" / f"{i}.npz")["cam"]
+            shown = heat(cams[0], image.shape[:2]) if len(cams) else image
+            rows.append([image, shown, read_label(folder / "seeds" / f"{i}.png"), *truth_pictures(data, i)])
         write_preview(folder / "preview.png", rows)
         print(f"{folder}: {len(ids)} seeds. Next: python stage2_weakclip.py --data {args.data}")
 

@@ -32,15 +32,15 @@ from torch import nn
 from tqdm import tqdm
 
 import clip
-from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, VOC_CLASSES, check_inputs, folder_digest, for_each, read_args, read_image,
-                  read_label, run, write_json, write_label, write_whole)
+from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, VOC_CLASSES, check_inputs, dataset_name, folder_digest, for_each,
+                  read_args, read_image, read_label, run, write_json, write_label, write_whole)
 from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, common_options, crop_or_pad, dense_crf, fit, load_trained,
                         normalise, open_run, preview_ids, read_checkpoint, set_provenance, start_run, truth_pictures,
                         write_preview)
 
 CLIP_MEAN = tuple(255 * v for v in (0.48145466, 0.4578275, 0.40821073))  # of grey levels 0..255, R G B
 CLIP_STD = tuple(255 * v for v in (0.26862954, 0.26130258, 0.27577711))
-TAU = 0.07  # temperature of the score map's cross entropy
+TAU = 0.07  # temperature of the score map's cross entropy: CLIP's own starting value, here fixed (11)
 
 
 # ============================================================================================================= switches
@@ -108,7 +108,7 @@ def resize(x, size, align_corners=False):
 
 
 class PyramidAdapter(nn.Module):
-    """PAPER: CLIP's grid has stride 16 only; one small op per level makes strides 4, 8, 16 and 32 of it.
+    """# PAPER CLIP's grid has stride 16 only; one small op per level makes strides 4, 8, 16 and 32 of it.
 
     levels: four (B, C, h, w), tokens after 1/3, 1/2, 2/3 and all of CLIP's blocks; the finest comes from the shallowest (12).
     Returns (B, C, 4h, 4w), (B, C, 2h, 2w), (B, C, h, w), (B, C, h // 2, w // 2).
@@ -169,7 +169,7 @@ class CoAttentionLayer(nn.Module):
 
 
 class CoAttention(nn.Module):
-    """PAPER: co-attention matching. Texts look at pixels and pixels at texts, each starting from the other's input (9).
+    """# PAPER co-attention matching. Texts look at pixels and pixels at texts, each starting from the other's input (9).
 
     visual (B, 1+N, C) global and dense embeddings, text (B, K, C); returns what to add: (B, K, C) and (B, 1+N, C).
     chain: layer i feeds layer i + 1. # RELEASED chain_coattention: all get the input, so only the last one counts (8).
@@ -178,10 +178,10 @@ class CoAttention(nn.Module):
     def __init__(self, channels, width, heads, chain, layers=3, dropout=0.1):
         super().__init__()
         self.chain = chain
-        stack = lambda: nn.ModuleList(CoAttentionLayer(width, heads, dropout) for _ in range(layers))
+        layers_of = lambda: nn.ModuleList(CoAttentionLayer(width, heads, dropout) for _ in range(layers))
         self.visual_in = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width), nn.LayerNorm(width))
         self.text_in = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
-        self.text_layers, self.visual_layers = stack(), stack()
+        self.text_layers, self.visual_layers = layers_of(), layers_of()
         self.text_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels))
         self.visual_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels))
         for m in self.modules():
@@ -215,7 +215,7 @@ class ConvNormReLU(nn.Module):
 
 
 class TextGuidedDecoder(nn.Module):
-    """PAPER: every level sees the score map. Feature pyramid (Lin et al., CVPR 2017), then the Semantic-FPN head
+    """# PAPER every level sees the score map. Feature pyramid (Lin et al., CVPR 2017), then the Semantic-FPN head
     (Kirillov et al., CVPR 2019): each level climbs to stride 4 by 3x3 convolutions and x2 steps, and all are summed.
 
     pyramid: four (B, C, ., .) at strides 4, 8, 16, 32, each joined by the score map. forward -> logits (B, K, H/4, W/4).
@@ -264,10 +264,12 @@ def drop_path(x, rate):
 
 
 class WeakCLIP(nn.Module):
-    """The network. clip: a CLIP with patch 16; token_ids (K, L) int64: tokenised class names, background first.
+    """The network.
 
-    crop: training crop in pixels; contexts: number of learnable prompts; cd_width, cd_heads, fpn_channels, head_channels:
-    sizes of the trained parts, by default half of CLIP's embedding (256 and 4 heads for ViT-B/16, the paper's).
+    clip_model: a CLIP with patch 16; token_ids (K, L) int64: tokenised class names, background first; crop: training crop in
+    pixels; contexts: number of learnable prompts; cd_width, cd_heads ("context decoder", the released name of co-attention),
+    fpn_channels, head_channels: sizes of the trained parts, by default half of CLIP's embedding (256 and 4 heads for
+    ViT-B/16, the paper's).
     """
 
     def __init__(self, clip_model, token_ids, switches=PAPER, crop=512, contexts=8, cd_width=None, cd_heads=None,
@@ -297,12 +299,12 @@ class WeakCLIP(nn.Module):
             clip_model.visual.positional_embedding = nn.Parameter(
                 clip.resize_positions(table.detach(), crop // 16, crop // 16).clone())
         if switches.freeze_clip:
-            # PAPER: CLIP is frozen. RELEASED freeze_clip: every parameter trains, at a tiny rate (1)
+            # PAPER CLIP is frozen. RELEASED freeze_clip: every parameter trains, at a tiny rate (1)
             self.clip.requires_grad_(False)
 
     def train(self, mode=True):
         super().train(mode)
-        if self.switches.freeze_clip:
+        if self.switches.freeze_clip:  # holds no dropout or BatchNorm today; frozen must stay frozen
             self.clip.eval()
         return self
 
@@ -335,7 +337,7 @@ class WeakCLIP(nn.Module):
             return [grid(levels[t][:, 1:]) for t in taps], out[:, 0], grid(out[:, 1:])
 
     def encode_text(self):
-        """Class texts (K, D): [start, 8 contexts, name, end], read at the end token's place."""
+        """Class texts (K, D): [start, contexts, name, end], read at the end token's place."""
         x, end = self.clip.token_embedding(self.token_ids), self.token_ids.argmax(1)  # (K, L, C), (K,)
         if self.switches.prompts:
             x = torch.cat([x[:, :1], self.contexts.expand(len(x), -1, -1), x[:, 1:]], 1)  # (K, contexts + L, C)
@@ -444,26 +446,29 @@ def guide_image(image, size, mean, std, aligned=True):
         # GUESS the low-pass is a plain average; grey levels are cut to whole numbers, as in the released code
         x = F.interpolate(image.float(), size, mode="area")
     else:
-        x = F.interpolate(image.double(), size, mode="bilinear", align_corners=True).float()
+        x = image.cpu() if image.device.type == "mps" else image                     # MPS has no float64
+        x = F.interpolate(x.double(), size, mode="bilinear", align_corners=True).float().to(image.device)
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
     return (x * std + mean).clamp(0, 255).to(torch.uint8)
 
 
 def seeding_loss(p, y):
-    """Class-balanced log likelihood of the seeds.
+    """# PAPER seeding: class-balanced log likelihood of the seeds.
 
         L = mean over images of  - 1/|bg| sum_{y=0} log p_0  -  1/|fg| sum_{y>0} log p_y
     p (B, K, h, w) probabilities; y (B, h, w) int64, 255 = unsure. A side without a pixel adds 0. Returns a scalar.
+    Background pixels outnumber all others, so each side has a mean of its own.
     """
     nll = F.nll_loss(p.log(), y, ignore_index=IGNORE, reduction="none")             # (B, h, w)
     fg, bg = (y > 0) & (y != IGNORE), y == 0
-    mean = lambda side: (nll * side).sum((1, 2)) / side.sum((1, 2)).clamp(min=1e-4)  # (B,)
+    mean = lambda side: (nll * side).sum((1, 2)) / side.sum((1, 2)).clamp(min=1)    # (B,)
     return (mean(bg) + mean(fg)).mean()
 
 
 def boundary_loss(p, q):
-    """Agreement with the dense CRF's answer to p: the network learns to end where colours change.
+    """# PAPER boundary: agreement with the dense CRF's answer to p, so that the network learns to end where colours change.
 
+    KL(q || p), each ratio clipped:
         L = mean over images and pixels of  sum_k q_k log clip(q_k / p_k, 0.05, 20)
     p (B, K, h, w) probabilities; q (B, K, h, w) from `crf_target`, no gradient. Where the clip cuts, the gradient is zero.
     Runs over all pixels and classes, padding and unsure pixels too (19). Returns a scalar.
@@ -493,7 +498,7 @@ def mean_cross_entropy(logits, labels, over_valid=True):
 
 
 def score_loss(score, seeds, over_valid=True):
-    """PAPER text-to-pixel matching learns from the seeds: the score map (B, K, h, w) / tau, resized to theirs (B, H, W)."""
+    """# PAPER text-to-pixel matching learns from the seeds: the score map (B, K, h, w) / tau, resized to theirs (B, H, W)."""
     return mean_cross_entropy(resize(score / TAU, seeds.shape[1:]), seeds, over_valid)
 
 
@@ -611,6 +616,7 @@ def make_optimizer(model, lr):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in named if n.startswith(slow)], "base_lr": 0.0},
               {"params": [p for n, p in named if not n.startswith(slow)], "base_lr": lr}]
+    # the trained parts first: the log shows the first group's rate
     return torch.optim.AdamW([g for g in groups if g["params"]][::-1], lr=lr, weight_decay=3e-5)
 
 
@@ -736,6 +742,8 @@ def load_clip(name, seed, machine):
             print("--clip random: an untrained ViT-B/16, for tests and timings; masks will be no better than the seeds")
         torch.manual_seed(seed)
         return clip.CLIP(), f"random, seed {seed}"
+    if name in clip.MODELS and not name.endswith("/16"):
+        raise ValueError(f"--clip {name}: the pyramid adapter is made for patch 16, so ViT-B/16")
     if not machine.main:
         machine.wait()                                                              # one process downloads
     path = clip.locate(name)
@@ -771,6 +779,8 @@ def open_checkpoint(path, args, machine, classes=None):
     classes: the dataset's, None to take the checkpoint's. Returns (network, crop, iterations or None, outputs: the channels
     that are the dataset's classes, None for all). Raises ValueError for a file of another kind, dataset or CLIP.
     """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint; python stage2_weakclip.py --data {args.data} trains one")
     saved = clip.read_foreign(path)
     if isinstance(saved, dict) and "state_dict" in saved:
         return open_released(path, saved, args, classes)
@@ -800,9 +810,12 @@ def open_released(path, saved, args, classes=None):
     names = classes or {len(VOC_CLASSES): VOC_CLASSES, len(COCO_SLOTS): COCO_CLASSES}.get(K, ())
     if K == len(COCO_SLOTS) and tuple(names) == COCO_CLASSES:
         names, outputs = COCO_SLOTS, [COCO_SLOTS.index(n) for n in COCO_CLASSES]
-    if K and len(names) != K:
+    if not K or "contexts" not in state:
+        raise ValueError(f"{path}: no released WeakCLIP checkpoint: it lacks decode_head.conv_seg.weight or contexts")
+    if len(names) != K:
         raise ValueError(f"{path} has {K} classes, the dataset {len(names)}")
-    model = from_released(state, name_tokens(names, context_length), choose_switches("released", args.set))
+    tokens = name_tokens(names, context_length, state["contexts"].shape[1])
+    model = from_released(state, tokens, choose_switches("released", args.set))
     crop = 16 * math.isqrt(len(state["backbone.positional_embedding"]) - 1)
     meta = saved.get("meta")
     step = meta.get("iter") if isinstance(meta, dict) else None
@@ -823,11 +836,17 @@ def mask_options(p, scales):
     masks.add_argument("--no-crf", action="store_true", help="leave out the dense CRF")
     masks.add_argument("--label-filter", action="store_true", help="training list: only the image's classes may win (28)")
     masks.add_argument("--save-probs", action="store_true", help="also write probs/<split>/<id>.npz, float16")
-    masks.add_argument("--images", type=Path, metavar="DIR", help="write masks of the photos in DIR to images/ and stop")
+    masks.add_argument("--images", type=Path, metavar="DIR",
+                       help="write masks of the photos in DIR to images/ and stop; the CRF takes about 2 KB a pixel")
     return masks
 
 
 MASK_OPTIONS = ("scales", "no_flip", "no_crf", "label_filter", "save_probs", "images")
+
+
+def mask_crf(args, table=MASK_CRF):
+    """The dataset's constants of the dense CRF after inference, VOC's for an unknown one; None with --no-crf."""
+    return None if args.no_crf else table.get(dataset_name(args.data), table["VOC2012"])
 
 
 def mask_facts(args, iters):
@@ -857,7 +876,7 @@ def mask_photos(predict, args, iters, checkpoint, folder, machine, crf):
     if not paths or len({p.stem for p in paths}) < len(paths):
         raise ValueError(f"--images {args.images}: photos (.jpg, .jpeg, .png) with different names are expected")
     out = folder / "images" / args.images.resolve().name
-    facts = {**mask_facts(args, iters), "checkpoint": clip.file_sha256(checkpoint)}
+    facts = {**mask_facts(args, iters), "checkpoint": clip.file_sha256(checkpoint), "photos": str(args.images.resolve())}
     if machine.main:
         for_each(lambda p: read_image(p).shape, paths, "checking photos")
         if read_args(out) != facts:
@@ -882,7 +901,7 @@ def write_all_masks(predict, data, splits, folder, args, machine, crf):
 
 
 def parse_args(argv=None):
-    p, method, _ = common_options(__doc__.splitlines()[0], lr=1e-4, batch_size=None, crop=512)
+    p, method = common_options(__doc__.splitlines()[0], lr=1e-4, batch_size=None, crop=512)
     method.add_argument("--clip", default="ViT-B/16", metavar="NAME|PATH|random",
                         help="the frozen model, patch 16 [%(default)s]")
     method.add_argument("--seeds", type=Path, metavar="DIR", help="label PNGs to learn from, any method's [stage 1's]")
@@ -915,15 +934,10 @@ def predictor(model, args, crop, machine, outputs=None):
 
 def label_photos(args):
     """`--images`: needs a checkpoint (the run's, or --checkpoint) and CLIP, but no dataset."""
-    machine, folder = Machine(args.device, args.amp), args.runs / Path(args.data).resolve().name / "2_weakclip"
+    machine, folder = Machine(args.device, args.amp), args.runs / dataset_name(args.data) / "2_weakclip"
     path = args.checkpoint or folder / "checkpoint.pt"
     model, crop, iters, outputs = open_checkpoint(path, args, machine)
     mask_photos(predictor(model, args, crop, machine, outputs), args, iters, path, folder, machine, mask_crf(args))
-
-
-def mask_crf(args):
-    """The dataset's constants of the dense CRF after inference, VOC's for an unknown one; None with --no-crf."""
-    return None if args.no_crf else MASK_CRF.get(Path(args.data).resolve().name, MASK_CRF["VOC2012"])
 
 
 def train(model, facts, data, ids, args, machine, folder):
@@ -953,9 +967,9 @@ def main():
     switches = choose_switches(args.variant, args.set)
     if args.images:
         return label_photos(args)
-    coco = Path(args.data).resolve().name == "COCO2014"
-    args.iters = args.iters or (40_000 if coco else 20_000)
-    args.batch_size = args.batch_size or (24 if coco else 16)
+    coco = dataset_name(args.data) == "COCO2014"
+    args.iters = (40_000 if coco else 20_000) if args.iters is None else args.iters
+    args.batch_size = (24 if coco else 16) if args.batch_size is None else args.batch_size
     data, machine = open_run(args)
     args.seeds = args.seeds or args.runs / data.name / "1_cam" / "seeds"
     folder, ids = args.runs / data.name / "2_weakclip", data.ids(args.split, args.limit)

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from eval import IGNORE, check_inputs, folder_digest, read_label, run
+from eval import IGNORE, check_inputs, dataset_name, folder_digest, read_label, run
 from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, common_options, crop_or_pad, fit,
                         fix_batchnorm, load_trained, normalise, open_run, poly, preview_ids, random_window, read_checkpoint,
                         resnet, start_run, truth_pictures, write_preview)
-from stage2_weakclip import (MASK_OPTIONS, make_views, mask_options, mask_photos, masks_are_current, mean_cross_entropy, resize,
-                             resize_image, write_all_masks)
+from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_options, mask_photos, masks_are_current,
+                             mean_cross_entropy, resize, resize_image, write_all_masks)
 
 # (Gaussian sxy, weight), (bilateral sxy, srgb, weight) at test
 SEGMENT_CRF = {"VOC2012": ((1, 3), (112, 2, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
@@ -109,7 +109,7 @@ def predictor(model, args, machine):
 # ========================================================================================================= command line
 
 def parse_args(argv=None):
-    p, method, _ = common_options(__doc__.splitlines()[0], lr=None, batch_size=16, crop=448)
+    p, method = common_options(__doc__.splitlines()[0], lr=None, batch_size=16, crop=448)
     backbone_options(method, "resnet101")
     method.add_argument("--masks", type=Path, metavar="DIR", help="label PNGs [stage 2's]; true masks give an upper bound")
     p.add_argument("--predict", default="val", metavar="LIST,LIST", help="lists to predict [%(default)s]")
@@ -117,21 +117,16 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def segment_crf(args):
-    """The dataset's constants of the dense CRF at test, VOC's for an unknown one; None with --no-crf."""
-    return None if args.no_crf else SEGMENT_CRF.get(Path(args.data).resolve().name, SEGMENT_CRF["VOC2012"])
-
-
 def label_photos(args):
     """`--images`: needs the run's checkpoint, but no dataset."""
-    machine, folder = Machine(args.device, args.amp), args.runs / Path(args.data).resolve().name / "3_segment"
+    machine, folder = Machine(args.device, args.amp), args.runs / dataset_name(args.data) / "3_segment"
     path = folder / "checkpoint.pt"
     saved = read_checkpoint(path)
     if saved["facts"].get("stage") != "3_segment":
         raise ValueError(f"{path}: not a checkpoint of stage 3")
     model = DeepLab(saved["facts"]["arch"], "none", len(saved["facts"]["classes"]))
     load_trained(model, saved["model"])
-    mask_photos(predictor(model, args, machine), args, saved["step"], path, folder, machine, segment_crf(args))
+    mask_photos(predictor(model, args, machine), args, saved["step"], path, folder, machine, mask_crf(args, SEGMENT_CRF))
 
 
 def train(model, data, ids, args, machine, folder):
@@ -169,14 +164,16 @@ def main():
         check_inputs(data, ids, args.masks)
         check_inputs(data, sorted(set().union(*predicted.values()) - set(ids)))
 
-    start_run(folder, args, machine, {**data.digests(args.split, *splits), "masks": folder_digest(args.masks, ids)},
+    # which lists are predicted changes nothing in the model: a finished run predicts further ones
+    start_run(folder, args, machine, {**data.digests(args.split), "masks": folder_digest(args.masks, ids)},
               (*MASK_OPTIONS, "predict"))
-    if masks_are_current(folder, args, args.iters, machine):
+    written = all((folder / "masks" / s / f"{i}.png").is_file() for s, of in predicted.items() for i in of)
+    if masks_are_current(folder, args, args.iters, machine) and written:
         return print(f"{folder}: finished; --overwrite starts afresh")
     torch.manual_seed(args.seed)
     model = DeepLab(args.arch, args.weights, len(data.classes)).to(machine.device)
     train(model, data, ids, args, machine, folder)
-    write_all_masks(predictor(model, args, machine), data, splits, folder, args, machine, segment_crf(args))
+    write_all_masks(predictor(model, args, machine), data, splits, folder, args, machine, mask_crf(args, SEGMENT_CRF))
     if machine.main:
         preview(data, predicted[splits[0]], splits[0], folder)
         print(f"{folder}: masks of {', '.join(splits)}. Next: python eval.py --data {args.data}")

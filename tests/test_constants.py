@@ -469,13 +469,13 @@ def test_defaults_of_stage_2(voc, coco, clip_file, start):
         assert run.dataset.seeds == data / "seeds" and run.frozen == ("clip.",)
         assert run.rate(group, iters // 2) == pytest.approx(5.05e-5) and run.rate(group, iters) == pytest.approx(1e-6)
     args = SimpleNamespace(data="somewhere/VOC2012", no_crf=False)
-    assert stage2.mask_crf(args) == ((3, 3), (83, 5, 3)) and stage3.segment_crf(args) == ((1, 3), (112, 2, 3))
+    assert stage2.mask_crf(args) == ((3, 3), (83, 5, 3)) and stage2.mask_crf(args, stage3.SEGMENT_CRF) == ((1, 3), (112, 2, 3))
     args.data = "holiday"
-    assert stage2.mask_crf(args) == ((3, 3), (83, 5, 3)) and stage3.segment_crf(args) == ((1, 3), (112, 2, 3))
+    assert stage2.mask_crf(args) == ((3, 3), (83, 5, 3)) and stage2.mask_crf(args, stage3.SEGMENT_CRF) == ((1, 3), (112, 2, 3))
     args.data = "somewhere/COCO2014"
-    assert stage2.mask_crf(args) == stage3.segment_crf(args) == ((1, 3), (67, 3, 4))
+    assert stage2.mask_crf(args) == stage2.mask_crf(args, stage3.SEGMENT_CRF) == ((1, 3), (67, 3, 4))
     args.no_crf = True
-    assert stage2.mask_crf(args) is None and stage3.segment_crf(args) is None
+    assert stage2.mask_crf(args) is None and stage2.mask_crf(args, stage3.SEGMENT_CRF) is None
 
 
 def test_masks_the_crf_gets_the_winning_classes_floored_and_not_renormalised(monkeypatch):

@@ -175,9 +175,24 @@ def test_overwrite_starts_afresh(chain, call, tmp_path):
     assert stage1.read_checkpoint(folder / "3_segment" / "checkpoint.pt")["step"] == 2
 
 
+def test_a_finished_run_predicts_further_lists(chain, call, tmp_path):
+    folder, options = copy_runs(chain, tmp_path)
+    given, out = options["stage3_segment.py"], folder / "3_segment" / "masks"
+    before = {p: p.stat().st_mtime_ns for p in (out / "val").iterdir()}
+    call("stage3_segment.py", *given, "--predict", "val,train")
+    assert len(list((out / "train").iterdir())) == 6 and before == {p: p.stat().st_mtime_ns for p in (out / "val").iterdir()}
+    assert "finished" in call("stage3_segment.py", *given, "--predict", "val,train")
+
+
+def test_a_link_to_a_dataset_keeps_its_own_name(dataset, tmp_path):
+    (tmp_path / "COCO2014").symlink_to(dataset)
+    assert find_dataset(str(tmp_path / "COCO2014")).name == evaluation.dataset_name(tmp_path / "COCO2014") == "COCO2014"
+
+
 def test_true_masks_are_an_upper_bound_and_say_so(chain, call, dataset, tmp_path):
     given = ["--data", dataset, "--runs", tmp_path, *SMALL["stage3_segment.py"]]
     assert "upper bound" in call("stage3_segment.py", *given, "--masks", dataset / "SegmentationClass")
+    assert "trained on true masks: an upper bound" in call("eval.py", "--data", dataset, "--runs", tmp_path)
 
 
 def test_a_folder_of_photos_needs_no_dataset(chain, call, tmp_path):
@@ -198,7 +213,13 @@ def test_a_folder_of_photos_needs_no_dataset(chain, call, tmp_path):
         assert (out / "snow.png").stat().st_mtime_ns == time  # what exists is done
         call(name, *given, "--no-crf")
         assert (out / "snow.png").stat().st_mtime_ns != time  # unless it was made otherwise
+        other = tmp_path / stage / "holiday"
+        shutil.copytree(photos, other)
+        Image.new("RGB", (33, 44)).save(other / "snow.png")  # another folder of this name: nothing of the first is kept
+        call(name, *given[:5], other, *given[6:])
+        assert read_label(out / "snow.png").shape == (44, 33)
         assert "holiday" in call(name, *given[:5], tmp_path / "nowhere" / "holiday", *given[6:], ok=False)
+        assert "checkpoint" in call(name, "--runs", tmp_path / "nothing", *given[2:], ok=False)
 
 
 def test_checkpoint_makes_masks_without_training(chain, call, tmp_path):
@@ -336,6 +357,9 @@ def test_bad_seeds_end_before_any_work(fault, call, clip_file, tmp_path):
     ("stage1_cam.py", ["--data", "nowhere"], "no folder with JPEGImages/"),
     ("stage1_cam.py", ["--crop", "100"], "--crop 100: a multiple of 32"),
     ("stage1_cam.py", ["--iters", "0"], "--iters 0: at least 1"),
+    ("stage1_cam.py", ["--lr", "0"], "--lr 0.0"), ("stage3_segment.py", ["--lr", "nan"], "--lr nan"),
+    ("stage2_weakclip.py", ["--batch-size", "0"], "--batch-size 0: at least 1"),
+    ("stage2_weakclip.py", ["--clip", "ViT-L/14"], "made for patch 16"),
     ("stage1_cam.py", ["--device", "abacus"], "--device abacus"),
     ("stage1_cam.py", ["--weights", "no/such.pt"], "no/such.pt: no such file"),
     ("stage2_weakclip.py", ["--set", "colour=red"], "the fields are freeze_clip"),
