@@ -691,7 +691,7 @@ def main():
         rows = []
         for i in preview_ids(ids):
             image, cams = data.image(i), np.load(folder / "cams" / f"{i}.npz")["cam"]
-            shown = heat(cams[0], image.shape[:2]) if len(cams) else image
+            shown = heat(cams.max(0), image.shape[:2]) if len(cams) else image
             rows.append([image, shown, read_label(folder / "seeds" / f"{i}.png"), *truth_pictures(data, i)])
         write_preview(folder / "preview.png", rows)
         print(f"{folder}: {len(ids)} seeds. Next: python stage2_weakclip.py --data {args.data}")
