@@ -275,7 +275,7 @@ class WeakCLIP(nn.Module):
     def __init__(self, clip_model, token_ids, switches=PAPER, crop=512, contexts=8, cd_width=None, cd_heads=None,
                  fpn_channels=None, head_channels=None):
         super().__init__()
-        self.clip, self.switches = clip_model, switches
+        self.clip, self.switches, self.crop = clip_model, switches, crop
         width, channels = clip_model.visual.proj.shape
         half, K = channels // 2, len(token_ids)  # GUESS trained parts shrink and grow with CLIP; 256 for ViT-B/16
         cd_width = cd_width or half
@@ -564,7 +564,7 @@ def random_crop(rng, label, crop):
     for _ in range(10):
         part = label[top:top + crop, left:left + crop]
         counts = np.bincount(part[part != IGNORE], minlength=2)
-        if (counts > 0).sum() > 1 and counts.max() < 0.75 * counts.sum():
+        if counts.max() < 0.75 * counts.sum():                                      # so at least two labels
             break
         top, left = draw()
     return top, left
@@ -816,10 +816,9 @@ def open_released(path, saved, args, classes=None):
         raise ValueError(f"{path} has {K} classes, the dataset {len(names)}")
     tokens = name_tokens(names, context_length, state["contexts"].shape[1])
     model = from_released(state, tokens, choose_switches("released", args.set))
-    crop = 16 * math.isqrt(len(state["backbone.positional_embedding"]) - 1)
     meta = saved.get("meta")
     step = meta.get("iter") if isinstance(meta, dict) else None
-    return model, crop, step if type(step) is int else None, outputs
+    return model, model.crop, step if type(step) is int else None, outputs
 
 
 def positive(text):
