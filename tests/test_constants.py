@@ -594,6 +594,9 @@ def test_class_maps_sum_four_scales_and_their_mirrors(monkeypatch):
     seen.clear()
     stage1.class_maps(model, np.zeros((160, 100, 3), np.uint8), [1], 64, CPU)
     assert seen[0].shape == (2, 3, 80, 50)                                            # never larger than in training
+    seen.clear()
+    stage1.class_maps(model, np.zeros((25, 20, 3), np.uint8), [1], 64, CPU)
+    assert seen[0].shape == (2, 3, 60, 48)                                            # nor smaller than its mean
 
 
 def test_imagenet_weights_are_torchvisions_first_with_their_hash_checked(monkeypatch):

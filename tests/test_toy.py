@@ -1,0 +1,119 @@
+"""The small world: what it draws, the CLIP that ships with it, and a reduced run of the whole chain."""
+import dataclasses
+import hashlib
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import clip
+import toy
+from conftest import ROOT, read_json
+from eval import find_dataset, read_label
+from stage2_weakclip import RELEASED, choose_switches
+
+
+def digests(folder):
+    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_world_is_a_function_of_its_seed(tmp_path):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        toy.draw_world(tmp_path / name, seed, train=4, val=2)
+    a, b, c = (digests(tmp_path / n) for n in "abc")
+    assert a == b and a.keys() == c.keys()
+    assert all(a[k] != c[k] for k in a if k.parts[0] == "JPEGImages")
+
+
+def test_a_world_is_a_dataset_with_exact_masks(tmp_path):
+    toy.draw_world(tmp_path / "w", 0, train=30, val=10)
+    data = find_dataset(tmp_path / "w")
+    train, val = data.ids("train"), data.ids("val")
+    assert (len(train), len(val)) == (30, 10) and not set(train) & set(val)
+    seen, several = set(), 0
+    for i, labels in data.image_labels(train + val).items():
+        mask = read_label(data.truth_path(i), len(data.classes), data.image(i).shape[:2])
+        assert sorted(set(np.unique(mask)) - {0}) == labels  # image-level labels say what the mask shows
+        assert mask.shape == (128, 128) and (mask == 0).any()
+        seen, several = seen | set(labels), several + (len(labels) > 1)
+    assert len(data.classes) == 9 and len(seen) == 8 and several >= 5
+
+
+def test_places_go_with_classes_but_do_not_tell_them():
+    """Context co-occurs: at home a class is the commonest, and still not alone."""
+    rng, counts = np.random.default_rng(1), np.zeros((8, 8))
+    for _ in range(800):
+        _, _, (place, things) = toy.scene(rng)
+        for name, _ in things:
+            counts[list(toy.PLACES).index(place), toy.CLASSES.index(name) - 1] += 1
+    home = [toy.CLASSES.index(toy.PLACES[p][2]) - 1 for p in toy.PLACES]
+    share = counts[range(8), home] / counts.sum(1)
+    assert (counts.argmax(1) == home).all() and share.max() < 0.75 and (counts > 0).all()
+
+
+@pytest.fixture(scope="module")
+def small_clip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "clip.pt"
+    toy.unpack_weights(path)
+    return clip.load(path)
+
+
+def test_the_shipped_clip_knows_the_classes(small_clip):
+    assert toy.WEIGHTS.stat().st_size <= 8e6
+    assert small_clip.visual.conv1.kernel_size == (16, 16)
+    assert toy.zero_shot(small_clip, 64) > 85  # chance 12.5
+
+
+def test_every_word_of_a_caption_was_trained(small_clip):
+    rng = np.random.default_rng(2)
+    captions = [toy.caption(*toy.scene(rng)[2], rng) for _ in range(60)]
+    assert len(set(captions)) > 30 and any(" and " in c for c in captions) and any("background" in c for c in captions)
+    rows = set(torch.load(toy.WEIGHTS, weights_only=True)["token_rows"].tolist())
+    assert set(clip.tokenize([*captions, *toy.CLASSES]).unique().tolist()) <= rows
+
+
+def test_a_damaged_clip_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "toy_clip.pt").write_bytes(toy.WEIGHTS.read_bytes()[:-1])
+    monkeypatch.setattr(toy, "WEIGHTS", tmp_path / "toy_clip.pt")
+    with pytest.raises(SystemExit, match="sha256"):
+        toy.prepare(tmp_path, 0, toy.SMALL)
+
+
+def test_ablations_name_every_switch_of_the_released_code():
+    for name, options in toy.entries().items():
+        choose_switches("paper", [o for o in options if "=" in o])  # every field and value exists
+    released = {f.name for f in dataclasses.fields(RELEASED) if getattr(RELEASED, f.name) != getattr(toy.PAPER, f.name)}
+    named = {n.split("=")[0] for n in toy.entries()}
+    assert released | {"prompts", "adapter", "coattention", "text_guidance", "boundary_weight", "score_weight"} <= named
+
+
+def test_ablation_table():
+    rows = {f"{n}, {s}, {split}": {"miou": v + s} for n, v in (("paper", 40), ("prompts=false", 30)) for s in (0, 2)
+            for split in ("train", "val")}
+    rows = {k.replace(", 2,", ", 1,"): v for k, v in rows.items()}
+    assert toy.ablation_table(rows, "toy0", 2).splitlines()[-2:] == [
+        "| paper | 41.0 ± 1.4 | 41.0 ± 1.4 |", "| prompts=false | 31.0 ± 1.4 | 31.0 ± 1.4 |"]
+
+
+def test_the_stages_do_not_know_the_toy():
+    for name in ("eval.py", "stage1_cam.py", "stage2_weakclip.py", "stage3_segment.py"):
+        assert "toy" not in (ROOT / name).read_text().lower()
+
+
+def test_the_chain_in_a_reduced_world(tmp_path, monkeypatch):
+    """Masks beat seeds; a second run makes nothing again; an ablation runs and leaves its table."""
+    rows = toy.chain(tmp_path, 0, toy.SMALL)
+    assert rows["1 seeds"]["miou"] < rows["2 masks + CRF"]["miou"]
+    assert rows["1 seeds"]["miou"] < rows["2 masks + label filter"]["miou"]
+    assert {r["split"] for n, r in rows.items() if n.startswith("3 ")} == {"val"}
+    stages = {r["stage"] for r in read_json(tmp_path / "small0/metrics.json")["rows"]}
+    assert stages == {"1_cam", "2_weakclip", "3_segment"} and (tmp_path / "small0/report.html").is_file()
+
+    before, start = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}, time.time()
+    assert toy.chain(tmp_path, 0, toy.SMALL) == rows and time.time() - start < 30
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")} == before
+
+    toy.ablate(tmp_path, 0, toy.SMALL, ["paper", "prompts=false"], 1)
+    table = (tmp_path / "ablate/small0/ablations.md").read_text()
+    assert "| paper |" in table and "| prompts=false |" in table
