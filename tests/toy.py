@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import clip
 from eval import find_dataset, score_folder, write_json, write_label, write_text, write_whole
-from stage1_cam import Machine, check_bfloat16, read_checkpoint
+from stage1_cam import Machine, read_checkpoint
 from stage2_weakclip import CLIP_MEAN, CLIP_STD, PAPER, RELEASED
 
 WEIGHTS = Path(__file__).with_name("toy_clip.pt")
@@ -301,11 +301,7 @@ def pretrain(path, steps=1600, batch=64, pictures=12000, keep=72, lr=1e-3):
     "a dog" is learned where the dog is (FILIP, Yao et al., ICLR 2022, has the same idea). Most of the time only `keep`
     random patches of a picture are shown, which is several times faster (FLIP, Li et al., CVPR 2023). Masks are not used.
     """
-    try:
-        check_bfloat16(torch.device("cpu"))
-        half = True
-    except ValueError:
-        half = False
+    half = bool(amp("cpu"))
     torch.manual_seed(0)
     rng = np.random.default_rng(1_000_000)
     start = time.time()
@@ -329,7 +325,7 @@ def pretrain(path, steps=1600, batch=64, pictures=12000, keep=72, lr=1e-3):
         grid = int(rng.integers(8, 15)) if step < 0.9 * steps else 12          # any size; at last that of stage 2's crops
         x = F.interpolate(x, (16 * grid, 16 * grid), mode="bilinear", antialias=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            out = some_patches(model.visual, x, grid, keep if step < 0.95 * steps else grid ** 2)  # (B, 1 + n, D)
+            out = some_patches(model.visual, x, keep if step < 0.95 * steps else grid ** 2)  # (B, 1 + n, D)
             text = model.encode_text(tokens)
         out, text = F.normalize(out.float(), dim=2), F.normalize(text.float(), dim=1)
         same = (tokens[:, None] == tokens[None]).all(2).float()                # the same caption is no negative
@@ -352,11 +348,10 @@ def pretrain(path, steps=1600, batch=64, pictures=12000, keep=72, lr=1e-3):
             save_weights(path, model, used)
 
 
-def some_patches(visual, image, grid, keep):
-    """CLIP's image encoder on `keep` random patches of each picture: (B, 3, 16 grid, 16 grid) -> (B, 1 + keep, D)."""
-    positions = clip.resize_positions(visual.positional_embedding, grid, grid)
-    x = visual.embed(image, positions)                                         # (B, 1 + grid^2, C)
-    kept = torch.rand(len(x), grid ** 2).argsort(1)[:, :keep] + 1
+def some_patches(visual, image, keep):
+    """CLIP's image encoder on at most `keep` random patches of each picture: (B, 3, H, W) -> (B, 1 + n, D)."""
+    x = visual.embed(image)                                                    # (B, 1 + h*w, C)
+    kept = torch.rand(len(x), x.shape[1] - 1).argsort(1)[:, :keep] + 1
     kept = torch.cat([torch.zeros(len(x), 1, dtype=torch.int64), kept], 1)
     x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
     return visual.ln_post(visual.transformer(x)) @ visual.proj
@@ -383,7 +378,7 @@ def unpack_weights(path):
 
 # ========================================================================================================== the chain
 
-# options of the stages' command lines; found on worlds 0 to 2
+# options of the stages' command lines; found on world 0
 SCRATCH = ["--arch", "resnet18", "--weights", "none"]
 FULL = {"train": 600, "val": 150,
         "stage 1": ["--crop", "160", "--iters", "420", "--batch-size", "12", "--lr", "0.02"],
@@ -396,16 +391,15 @@ SMALL = {"train": 120, "val": 40,
          "stage 3": ["--crop", "96", "--iters", "40", "--batch-size", "4", "--lr", "0.0025", "--scales", "1"],
          "ablation": ["--crop", "128", "--iters", "5", "--batch-size", "4", "--lr", "1e-3", "--limit", "10"]}
 RAW = ["--scales", "1", "--no-flip", "--no-crf"]
-MASKS = {"raw": RAW,                                                                # each with one thing more
-         "+ multi-scale": ["--scales", "0.75", "1.25", "--no-flip", "--no-crf"],
-         "+ CRF": ["--scales", "0.75", "1.25", "--no-flip"],
-         "+ label filter": ["--scales", "0.75", "1.25", "--no-flip", "--label-filter"]}
+TWO_SCALES = ["--scales", "0.75", "1.25", "--no-flip"]
+MASKS = {"raw": RAW, "+ multi-scale": [*TWO_SCALES, "--no-crf"], "+ CRF": TWO_SCALES,  # each with one thing more
+         "+ label filter": [*TWO_SCALES, "--label-filter"]}
 
 
-def amp():
+def amp(device="auto"):
     """["--amp"] where the stages would take it: on many CPUs bfloat16 halves the time."""
     try:
-        Machine("auto", amp=True)
+        Machine(device, amp=True)
     except ValueError:
         return []
     return ["--amp"]
@@ -518,7 +512,7 @@ def entries():
 
 
 def ablate(runs, world, settings, only, seeds):
-    """One stage 2 per entry and seed, on the same stage-1 seeds, one run a core; a markdown table, rewritten as it grows.
+    """One stage 2 per entry and seed, on the same stage-1 seeds, one run a core; ends in a markdown table.
 
     To be quick it has fewer images and iterations than the chain; masks are scored as the network gives them ("raw").
     """
