@@ -112,7 +112,10 @@ def check_bfloat16(device):
         return
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(256, 256, dtype=dtype, device=device)
+        try:
+            a = torch.ones(256, 256, dtype=dtype, device=device)
+        except (RuntimeError, TypeError):
+            raise ValueError(f"--amp: this {device.type} has no bfloat16; leave --amp out") from None
         times = []
         for _ in range(5):                                            # the first warms up, the quickest counts
             start = time.perf_counter()
@@ -128,7 +131,7 @@ def check_bfloat16(device):
 
 # options that change where or how fast things happen, but not what comes out (beyond rounding)
 MACHINE_OPTIONS = ("data", "runs", "overwrite", "device", "amp", "workers")
-FILE_OPTIONS = ("clip", "seeds", "masks", "checkpoint")  # known by the digest of what they name, wherever it lies
+FILE_OPTIONS = ("clip", "weights", "seeds", "masks", "checkpoint")  # known by the digest of what they name, wherever it lies
 
 
 def start_run(folder, args, machine, digests, mask_options=()):
@@ -347,6 +350,11 @@ def resnet(arch, weights, dilations):
                 if m.kernel_size == (3, 3):
                     m.dilation = m.padding = (d, d)
     return net
+
+
+def weights_digest(weights):
+    """What tells one `--weights` from another: a file's sha256, else the name."""
+    return clip.file_sha256(weights) if Path(weights).is_file() else weights
 
 
 def fix_batchnorm(model):
@@ -674,7 +682,8 @@ def main():
     args.lr = args.lr or (0.01 if args.weights == "none" else 0.1)
     args.iters = args.iters or 5 * max(1, len(ids) // args.batch_size)    # 5 epochs; VOC's 10,582 images: 3,305
     folder = args.runs / data.name / "1_cam"
-    start_run(folder, args, machine, data.digests(args.split, labels=json.dumps(labels)))
+    start_run(folder, args, machine, {**data.digests(args.split, labels=json.dumps(labels)),
+                                      "weights": weights_digest(args.weights)})
     if (folder / "preview.png").is_file():                                # written last
         return print(f"{folder}: finished; --overwrite starts afresh")
 

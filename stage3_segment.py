@@ -17,7 +17,7 @@ from torch import nn
 from eval import IGNORE, check_inputs, dataset_name, folder_digest, read_label, run
 from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, common_options, crop_or_pad, fit,
                         fix_batchnorm, load_trained, normalise, open_run, poly, preview_ids, random_window, read_checkpoint,
-                        resnet, start_run, truth_pictures, write_preview)
+                        resnet, start_run, truth_pictures, weights_digest, write_preview)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_options, mask_photos, masks_are_current,
                              mean_cross_entropy, resize, resize_image, write_all_masks)
 
@@ -165,8 +165,8 @@ def main():
         check_inputs(data, sorted(set().union(*predicted.values()) - set(ids)))
 
     # which lists are predicted changes nothing in the model: a finished run predicts further ones
-    start_run(folder, args, machine, {**data.digests(args.split), "masks": folder_digest(args.masks, ids)},
-              (*MASK_OPTIONS, "predict"))
+    came_from = {"masks": folder_digest(args.masks, ids), "weights": weights_digest(args.weights)}
+    start_run(folder, args, machine, {**data.digests(args.split), **came_from}, (*MASK_OPTIONS, "predict"))
     written = all((folder / "masks" / s / f"{i}.png").is_file() for s, of in predicted.items() for i in of)
     if masks_are_current(folder, args, args.iters, machine) and written:
         return print(f"{folder}: finished; --overwrite starts afresh")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import eval as evaluation
@@ -167,6 +168,21 @@ def test_an_interrupted_run_goes_on(chain, call, tmp_path):
     kept = {p: p.stat().st_mtime_ns for p in masks.iterdir()}
     call("stage2_weakclip.py", *options["stage2_weakclip.py"])
     assert lost.read_bytes() == before and kept.items() <= {p: p.stat().st_mtime_ns for p in masks.iterdir()}.items()
+
+
+def test_weights_are_known_by_what_they_hold(call, dataset, tmp_path):
+    """A ResNet's file may lie elsewhere when a run goes on, but it must be the same."""
+    net = torchvision.models.resnet18()
+    first, moved = tmp_path / "a.pt", tmp_path / "b.pt"
+    torch.save(net.state_dict(), first)
+    options = ["--data", dataset, "--runs", tmp_path / "runs", *SMALL["stage1_cam.py"]]
+    options[options.index("--weights") + 1] = first
+    call("stage1_cam.py", *options)
+    first.rename(moved)
+    options[options.index(first)] = moved
+    assert "finished" in call("stage1_cam.py", *options)
+    torch.save({**net.state_dict(), "fc.bias": torch.ones(1000)}, moved)
+    assert "weights" in call("stage1_cam.py", *options, ok=False)
 
 
 def test_overwrite_starts_afresh(chain, call, tmp_path):

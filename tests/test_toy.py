@@ -76,7 +76,7 @@ def test_every_word_of_a_caption_was_trained(small_clip):
 def test_a_damaged_clip_is_refused(tmp_path, monkeypatch):
     (tmp_path / "toy_clip.pt").write_bytes(toy.WEIGHTS.read_bytes()[:-1])
     monkeypatch.setattr(toy, "WEIGHTS", tmp_path / "toy_clip.pt")
-    with pytest.raises(SystemExit, match="sha256"):
+    with pytest.raises(ValueError, match="sha256"):
         toy.prepare(tmp_path, 0, toy.SMALL)
 
 
@@ -85,15 +85,46 @@ def test_ablations_name_every_switch_of_the_released_code():
         choose_switches("paper", [o for o in options if "=" in o])  # every field and value exists
     released = {f.name for f in dataclasses.fields(RELEASED) if getattr(RELEASED, f.name) != getattr(toy.PAPER, f.name)}
     named = {n.split("=")[0] for n in toy.entries()}
-    assert released | {"prompts", "adapter", "coattention", "text_guidance", "boundary_weight", "score_weight"} <= named
+    parts = {"prompts", "adapter", "coattention", "text_guidance", "boundary_weight", "score_weight"}
+    assert released | parts == (named | toy.NO_EFFECT.keys()) - {"paper", "released"} and not named & toy.NO_EFFECT.keys()
 
 
 def test_ablation_table():
     rows = {f"{n}, {s}, {split}": {"miou": v + s} for n, v in (("paper", 40), ("prompts=false", 30)) for s in (0, 2)
             for split in ("train", "val")}
     rows = {k.replace(", 2,", ", 1,"): v for k, v in rows.items()}
-    assert toy.ablation_table(rows, "toy0", 2).splitlines()[-2:] == [
-        "| paper | 41.0 ± 1.4 | 41.0 ± 1.4 |", "| prompts=false | 31.0 ± 1.4 | 31.0 ± 1.4 |"]
+    paper, prompts = "| paper | 41.0 ± 1.4 | 41.0 ± 1.4 |", "| prompts=false | 31.0 ± 1.4 | 31.0 ± 1.4 |"
+    assert toy.ablation_table(rows, "toy0", 2).splitlines()[4:6] == [paper, prompts]
+    del rows["paper, 0, train"]  # an interrupted run: what is not complete is not told
+    table = toy.ablation_table(rows, "toy0", 2)
+    assert "| paper |" not in table and prompts in table
+    assert "| prompts=false | 30.0 | 30.0 |" in toy.ablation_table(rows, "toy0", 1)
+
+
+def test_a_world_or_table_of_another_version_is_refused(tmp_path, monkeypatch):
+    toy.draw_world(tmp_path / "w", 0, train=4, val=2)
+    toy.draw_world(tmp_path / "w", 0, train=4, val=2)
+    table = toy.Rows(tmp_path / "rows.json", {"lr": 1}, "cpu")
+    table.add("a", tmp_path / "w", tmp_path / "w/SegmentationClass", "val")
+    assert toy.Rows(tmp_path / "rows.json", {"lr": 1}, "cpu").rows["a"]["miou"] == 100
+    with pytest.raises(ValueError, match="other settings"):
+        toy.Rows(tmp_path / "rows.json", {"lr": 2}, "cpu")
+    monkeypatch.setattr(toy, "HOME", 0.9)
+    with pytest.raises(ValueError, match="another version"):
+        toy.draw_world(tmp_path / "w", 0, train=4, val=2)
+
+
+def test_a_failed_ablation_stops_the_others(tmp_path, monkeypatch):
+    started = []
+
+    def stage(script, *options, log=None, threads=None):
+        if log:
+            started.append(log)
+            raise ValueError("stage 2 failed")
+    monkeypatch.setattr(toy, "stage", stage)
+    with pytest.raises(ValueError, match="stage 2 failed"):
+        toy.ablate(tmp_path, 0, {**toy.SMALL, "train": 4, "val": 2})
+    assert len(started) <= toy.os.cpu_count()
 
 
 def test_the_stages_do_not_know_the_toy():
@@ -105,6 +136,7 @@ def test_the_chain_in_a_reduced_world(tmp_path, monkeypatch):
     """Masks beat seeds; a second run makes nothing again; an ablation runs and leaves its table."""
     rows = toy.chain(tmp_path, 0, toy.SMALL)
     assert rows["1 seeds"]["miou"] < rows["2 masks + CRF"]["miou"]
+    assert rows["1 seeds"]["n"] == rows["1 CRF on CAMs"]["n"] == 120
     assert rows["1 seeds"]["miou"] < rows["2 masks + label filter"]["miou"]
     assert {r["split"] for n, r in rows.items() if n.startswith("3 ")} == {"val"}
     stages = {r["stage"] for r in read_json(tmp_path / "small0/metrics.json")["rows"]}
