@@ -492,7 +492,7 @@ def key(colours):
 
 
 def gallery(data, folder, splits, n):
-    """n images of every list, spread over it, with all that became of them -> HTML, {caption: first <img> of it}."""
+    """n images of every list, spread over it, with all that became of them -> HTML, {caption: (first <img> of it, id)}."""
     html, first, seen = "", {}, set()
     for split in splits:
         ids = [i for i in data.ids(split) if (folder / "1_cam" / "seeds" / f"{i}.png").is_file()
@@ -501,7 +501,7 @@ def gallery(data, folder, splits, n):
         for i in dict.fromkeys(ids[k * len(ids) // n] for k in range(n) if ids):
             row = pictures(data, folder, split, i)
             images = {c: inline(p, f"{c}, {i}") for c, p in row.items()}
-            first = {**images, **first}
+            first = {**{c: (im, i) for c, im in images.items()}, **first}
             seen.update(k for p in row.values() if isinstance(p, tuple) and len(p[1]) == 256 for k in np.unique(p[0]))
             figures = "".join(f"<figure>{im}<figcaption>{escape(c)}</figcaption></figure>" for c, im in images.items())
             html += f'<small>{escape(i)}</small><div class="pictures" style="--n: {len(row)}">{figures}</div>'
@@ -513,7 +513,9 @@ def gallery(data, folder, splits, n):
 def flow(stages, first):
     """The stages as boxes, and between them what one hands to the next, with a picture of it."""
     def handed(name, files):
-        return f"<li>{first.get(name, '')}<b>{name}</b><br><small>{files}</small></li>"
+        image, i = first.get(name, ("", None))
+        other = ", another photo" if image and i != first["image"][1] else ""  # stage 3 predicts no training images
+        return f"<li>{image}<b>{name}</b><br><small>{files}{other}</small></li>"
     html = handed("image", "JPEGImages, class names")
     for s, said in stages.items():
         text, name, masks = STAGES[s]

@@ -101,6 +101,12 @@ def test_every_stage_row_class_and_loss_is_on_the_page(runs):
     assert page.text.count("prediction: where wrong") == 3 and page.text.count("masks: where wrong") == 6
 
 
+def test_a_picture_of_another_photo_says_so(runs):
+    """Stage 3 predicts val: its picture in the figure of the stages is not of the photo that the figure begins with."""
+    text = Page(runs[1] / "report.html").text
+    assert text.count("another photo") == 1 and "3_segment/masks, another photo" in text
+
+
 def test_page_is_one_file(runs):
     page = Page(runs[1] / "report.html")
     html = (runs[1] / "report.html").read_text()

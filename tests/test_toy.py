@@ -127,6 +127,11 @@ def test_a_failed_ablation_stops_the_others(tmp_path, monkeypatch):
     assert len(started) <= toy.os.cpu_count()
 
 
+def test_exercises_start_from_the_settings_of_the_chain():
+    command = " ".join((ROOT / "tests/RESULTS.md").read_text().replace("\\\n", " ").split())
+    assert " ".join([*toy.FULL["stage 2"], *toy.TWO_SCALES]) in command
+
+
 def test_the_stages_do_not_know_the_toy():
     for name in ("eval.py", "stage1_cam.py", "stage2_weakclip.py", "stage3_segment.py"):
         assert "toy" not in (ROOT / name).read_text().lower()
