@@ -353,8 +353,12 @@ def resnet(arch, weights, dilations):
 
 
 def weights_digest(weights):
-    """What tells one `--weights` from another: a file's sha256, else the name."""
-    return clip.file_sha256(weights) if Path(weights).is_file() else weights
+    """What tells one `--weights` from another: the name, or a file's sha256. Raises ValueError where it is absent."""
+    if weights in ("imagenet", "none"):
+        return weights
+    if not Path(weights).is_file():
+        raise ValueError(f"--weights {weights}: no such file")
+    return clip.file_sha256(weights)
 
 
 def fix_batchnorm(model):

@@ -109,6 +109,11 @@ def test_a_world_or_table_of_another_version_is_refused(tmp_path, monkeypatch):
     assert toy.Rows(tmp_path / "rows.json", {"lr": 1}, "cpu").rows["a"]["miou"] == 100
     with pytest.raises(ValueError, match="other settings"):
         toy.Rows(tmp_path / "rows.json", {"lr": 2}, "cpu")
+    with pytest.raises(ValueError, match="--device cpu"):
+        toy.Rows(tmp_path / "rows.json", {"lr": 1}, "cuda")
+    (tmp_path / "w/SegmentationClass/00004.png").unlink()
+    with pytest.raises(ValueError, match="missing"):
+        table.add("b", tmp_path / "w", tmp_path / "w/SegmentationClass", "val")
     monkeypatch.setattr(toy, "HOME", 0.9)
     with pytest.raises(ValueError, match="another version"):
         toy.draw_world(tmp_path / "w", 0, train=4, val=2)

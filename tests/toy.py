@@ -18,7 +18,6 @@ The stages know nothing of all this; they are run with options that any dataset 
 import argparse
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
@@ -91,13 +90,13 @@ def body(rng, paw):
             (stroke([(0.3, -0.05), (0.52, -0.4)], 0.3), "coat"), *((s, "spot") for s in spots)]
 
 
-# class -> colour of the parts that tell it; no coat has these, and and nothing large in a place does
+# class -> colour of the parts that tell it; no coat has these, and nothing large in a place does
 PARTS = {"bird": (120, 250, 20), "cat": (22, 20, 28), "cow": (10, 235, 250), "dog": (235, 25, 30), "horse": (250, 225, 25),
          "pig": (250, 95, 170), "rabbit": (180, 40, 250), "sheep": (248, 246, 240)}
 
 
 def parts(name, c, rng):
-    """What tells a class, in its colour c: [(polygon, colour)] behind the head, and in front of it.
+    """What tells a class, in its colour c: [(polygon, colour)] behind the body, and in front of it all.
 
     The head is a disc at (0.55, -0.42).
     """
@@ -120,21 +119,24 @@ def parts(name, c, rng):
         return [(stroke([(-0.48, -0.05), (-0.7, -0.25), (-0.85 + j[0], -0.3)], 0.16), c)], \
             [(ellipse(0.38, -0.36, 0.12, 0.3 + j[1]), c), (ellipse(0.82, -0.15, 0.09, 0.18 + j[2]), c),
              (ellipse(0.8, -0.42, 0.09, 0.08), (90, 40, 40))]
-    if name == "horse":                                                        # long tail; mane, long face, a line down the back
+    if name == "horse":                                                        # long tail; mane, long face, line on the back
         mane = [(0.45, -0.75), (0.3, -0.8), (0.3, -0.65), (0.14, -0.66), (0.18, -0.48), (0.02, -0.44), (0.1, -0.28),
                 (0.45, -0.3)]
         return [(stroke([(-0.48, -0.1), (-0.72, 0.0), (-0.76, 0.3), (-0.7 + j[0], 0.62)], 0.26), c)], \
-            [(mane, c), (stroke([(-0.5, -0.1), (-0.2, -0.25), (0.1, -0.28 + j[2])], 0.14), c), (stroke([(0.55, -0.45), (0.98, -0.2 + j[1])], 0.28), "coat")]
+            [(mane, c), (stroke([(-0.5, -0.1), (-0.2, -0.25), (0.1, -0.28 + j[2])], 0.14), c),
+             (stroke([(0.55, -0.45), (0.98, -0.2 + j[1])], 0.28), "coat")]
     if name == "pig":                                                          # curly tail, small ears; snout, belly
         t = np.linspace(0, 3 * np.pi, 14)
         return [(stroke(np.stack([-0.52 - 0.025 * t, -0.06 - 0.12 * np.sin(t)], 1), 0.12), c),
                 ([(0.36, -0.58), (0.26 + j[0], -0.84), (0.56, -0.66)], c),
                 ([(0.58, -0.66), (0.86 + j[1], -0.84), (0.78, -0.56)], c)], \
-            [(ellipse(-0.1 + j[2], 0.22, 0.27, 0.11), c), (ellipse(0.74, -0.36, 0.17, 0.19), c), *((ellipse(x, -0.36, 0.04, 0.07), (110, 30, 60)) for x in (0.69, 0.8))]
+            [(ellipse(-0.1 + j[2], 0.22, 0.27, 0.11), c), (ellipse(0.74, -0.36, 0.17, 0.19), c),
+             *((ellipse(x, -0.36, 0.04, 0.07), (110, 30, 60)) for x in (0.69, 0.8))]
     if name == "rabbit":                                                       # long ears, round tail; nose, haunch
         ears = [(stroke([(0.45 + 0.2 * k, -0.55), (0.4 + 0.25 * k, -0.95), (0.3 + 0.4 * k + j[k], -1.3)], w), colour)
                 for k in (0, 1) for w, colour in ((0.28, "coat"), (0.2, c))]
-        return [*ears, (ellipse(-0.58, -0.05, 0.18, 0.18), c)], [(ellipse(0.78, -0.38, 0.08, 0.07), c), (ellipse(-0.3 + j[3], 0.1, 0.15, 0.17), c)]
+        return [*ears, (ellipse(-0.58, -0.05, 0.18, 0.18), c)], \
+            [(ellipse(0.78, -0.38, 0.08, 0.07), c), (ellipse(-0.3 + j[3], 0.1, 0.15, 0.17), c)]
     curls = [ellipse(x, y, 0.13, 0.13, 10) for x, y in ((0.36, -0.6), (0.5, -0.7), (0.66, -0.66), (0.34, -0.42))]
     back = [ellipse(x, rng.uniform(-0.33, -0.26), 0.13, 0.13, 10) for x in (-0.42, -0.24, -0.06, 0.12)]
     return [], [(curl, c) for curl in curls + back]                            # sheep: wool
@@ -257,7 +259,7 @@ def draw_world(folder, seed, train=600, val=150):
     """
     folder, labels = Path(folder), []
     made, facts = folder / "world.json", {"seed": seed, "train": train, "val": val, "drawing": drawing_digest(seed)}
-    if made.is_file():  # written last
+    if made.is_file():                                                         # written last
         if json.loads(made.read_text()) != facts:
             raise ValueError(f"{folder} was drawn by another version of {Path(__file__).name}; remove it")
         return facts
@@ -389,7 +391,7 @@ def save_weights(path, model, used):
 
 def unpack_weights(path):
     """tests/toy_clip.pt -> an ordinary CLIP state dict at `path`; tokens that no caption used get the mean embedding."""
-    state = torch.load(io.BytesIO(WEIGHTS.read_bytes()), weights_only=True)
+    state = torch.load(WEIGHTS, weights_only=True)
     rows, known = state.pop("token_rows"), state["token_embedding.weight"].float()
     table = known.mean(0).repeat(49408, 1)
     table[rows] = known
@@ -403,12 +405,12 @@ def unpack_weights(path):
 
 # options of the stages' command lines; found on worlds 0 to 2
 SCRATCH = ["--arch", "resnet18", "--weights", "none"]
-FULL = {"train": 600, "val": 150,
+FULL = {"name": "toy", "train": 600, "val": 150,
         "stage 1": ["--crop", "160", "--iters", "420", "--batch-size", "12", "--lr", "0.02"],
         "stage 2": ["--crop", "192", "--iters", "300", "--batch-size", "8", "--lr", "1e-3"],
         "stage 3": ["--crop", "96", "--iters", "500", "--batch-size", "8", "--lr", "0.00125", "--scales", "1"],
         "ablation": ["--crop", "192", "--iters", "150", "--batch-size", "8", "--lr", "1e-3", "--limit", "200"]}
-SMALL = {"train": 120, "val": 40,
+SMALL = {"name": "small", "train": 120, "val": 40,
          "stage 1": ["--crop", "160", "--iters", "200", "--batch-size", "8", "--lr", "0.02"],
          "stage 2": ["--crop", "192", "--iters", "150", "--batch-size", "8", "--lr", "1e-3"],
          "stage 3": ["--crop", "96", "--iters", "40", "--batch-size", "4", "--lr", "0.00125", "--scales", "1"],
@@ -471,35 +473,46 @@ class Rows:
 
     def __init__(self, path, made, device):
         self.path, self.lock = path, Lock()
-        self.kept = {"made": made, "rows": {}}
         if path.is_file():
             self.kept = json.loads(path.read_text())
-            if self.kept["made"] != made:
+            if self.kept.get("made") != made:
                 raise ValueError(f"{path} was made with other settings or in another world; remove {path.parent}")
-        self.machine, self.rows = self.kept.setdefault("machine", machine_options(device)), self.kept["rows"]
+            if self.kept["machine"][1] != device:
+                raise ValueError(f"{path} was made with --device {self.kept['machine'][1]}: give it, or remove {path.parent}")
+        else:
+            self.kept = {"made": made, "machine": machine_options(device), "rows": {}}
+            write_json(path, self.kept)
+        self.machine, self.rows = self.kept["machine"], self.kept["rows"]
 
     def missing(self, *names):
         return any(n not in self.rows for n in names)
 
     def add(self, name, data, folder, split, limit=None):
         row = score_folder(find_dataset(data), folder, split, limit)
+        if not row or row["n"] < row["of"]:
+            raise ValueError(f"{folder}: label PNGs are missing; remove {self.path.parent} and start afresh")
         with self.lock:
             self.rows[name] = {k: row[k] for k in ("split", "n", "of", "truth", "miou", "pixel_accuracy")}
             write_json(self.path, self.kept)
 
 
-def prepare(runs, world, settings):
-    """Make the world's folder and the small CLIP's file if absent -> (folder, file, what the results depend on)."""
+def small_clip(runs):
+    """The small CLIP's file as the stages take it, made if absent."""
     if not WEIGHTS.is_file() or hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() != WEIGHTS_SHA256:
         raise ValueError(f"{WEIGHTS}: absent, or its sha256 is not {WEIGHTS_SHA256[:12]}...; restore the file")
-    data = runs / "data" / f"{'small' if settings is SMALL else 'toy'}{world}"
     weights = runs / f"clip_{WEIGHTS_SHA256[:8]}.pt"
-    facts = draw_world(data, world, settings["train"], settings["val"])
     if not weights.is_file():
-        for old in runs.glob("clip_*.pt"):
+        for old in runs.glob("clip_" + 8 * "[0-9a-f]" + ".pt"):
             old.unlink()
         unpack_weights(weights)
-    return data, weights, {"world": facts, "clip": WEIGHTS_SHA256, **settings}
+    return weights
+
+
+def prepare(runs, world, settings):
+    """Make the world's folder and the small CLIP's file if absent -> (folder, file, what the results depend on)."""
+    data, weights = runs / "data" / f"{settings['name']}{world}", small_clip(runs)
+    facts = draw_world(data, world, settings["train"], settings["val"])
+    return data, weights, {"world": facts, "clip": WEIGHTS_SHA256, "start": SCRATCH, **settings}
 
 
 def chain(runs, world, settings, device="cpu"):
@@ -534,6 +547,8 @@ def chain(runs, world, settings, device="cpu"):
         if rows.missing("3 on these masks"):
             stage("stage3_segment.py", *common, *backbone, *settings["stage 3"], threads=1)
             rows.add("3 on these masks", data, out / "3_segment/masks/val", "val")
+        if not other.done():
+            print("waiting for the upper bound", flush=True)
         other.result()
     stage("eval.py", "--data", data, "--runs", runs)
     print(f"\n{data.name}: this run took {time.time() - start:.0f} s; {' '.join(rows.machine)}, {os.cpu_count()} cores\n")
@@ -548,7 +563,7 @@ def chain(runs, world, settings, device="cpu"):
 
 # switches that cannot act in a world of this size
 NO_EFFECT = {"train_listed_twice": "there is no trainaug list", "pad_windows": "every window is a multiple of 16",
-             "positions_resized_once": "the small CLIP's table is as large as a crop's"}
+             "positions_resized_once": "every window is as large as a training crop"}
 
 
 def entries():
@@ -580,6 +595,7 @@ def ablate(runs, world, settings, only=None, seeds=3, device="cpu"):
     options, folder = settings["ablation"], runs / "ablate" / data.name
     limit = int(options[options.index("--limit") + 1])
     rows = Rows(folder / "rows.json", {**made, "masks": RAW}, device)
+    Rows(runs / data.name / "rows.json", {**made, "masks": MASKS}, device)     # refuses seeds of another world
     stage("stage1_cam.py", "--data", data, "--runs", runs, *rows.machine, *SCRATCH, *settings["stage 1"])
     cores = (os.cpu_count() or 1) if Machine(device, False).device.type == "cpu" else 1
     failed = Event()
@@ -595,16 +611,17 @@ def ablate(runs, world, settings, only=None, seeds=3, device="cpu"):
                   log=place / "log.txt", threads=1)
             for split in ("train", "val"):
                 rows.add(f"{name}, {seed}, {split}", data, place / data.name / "2_weakclip/masks" / split, split, limit)
-        except BaseException:
+        except Exception:
             failed.set()  # the runs that wait are not started
             raise
 
-    jobs = [(name, seed) for name in only or known for seed in range(seeds)]
+    jobs = [(name, seed) for name in dict.fromkeys(only or known) for seed in range(seeds)]
     with ThreadPoolExecutor(cores) as pool:
         list(tqdm(pool.map(one, jobs), total=len(jobs), desc="ablations"))
     about = f"{data.name}, {' '.join(options + RAW + rows.machine)}"
-    write_text(folder / "ablations.md", ablation_table(rows.rows, about, seeds))
-    print("\n" + (folder / "ablations.md").read_text())
+    text = ablation_table(rows.rows, about, seeds)
+    write_text(folder / "ablations.md", text)
+    print("\n" + text)
 
 
 def ablation_table(rows, about, seeds):
@@ -642,14 +659,16 @@ def main():
     what.add_argument("--pretrain", action="store_true", help="train the small CLIP anew")
     what.add_argument("--zero-shot", action="store_true", help="the small CLIP's accuracy on unseen pictures")
     args = p.parse_args()
+    if args.only and not args.ablate:
+        p.error("--only goes with --ablate")
     settings, runs = SMALL if args.small else FULL, args.runs.resolve()
     if args.pretrain:
         pretrain(runs / "pretrained.pt")
-        os.replace(runs / "pretrained.pt", WEIGHTS)
+        write_whole(WEIGHTS, lambda f: f.write((runs / "pretrained.pt").read_bytes()))
         digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
         print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB; put its sha256 into WEIGHTS_SHA256: {digest}")
     elif args.zero_shot:
-        accuracy = zero_shot(clip.load(prepare(runs, args.world, settings)[1]))
+        accuracy = zero_shot(clip.load(small_clip(runs)))
         print(f"zero-shot accuracy {accuracy:.1f} % on 128 pictures of one creature (chance {100 / (len(CLASSES) - 1):.1f})")
     elif args.ablate:
         ablate(runs, args.world, settings, args.only, args.seeds, args.device)
