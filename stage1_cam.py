@@ -437,16 +437,20 @@ def class_maps(model, image, classes, crop, machine):
     return cams / cams.amax((1, 2), keepdim=True).clamp(min=1e-5)
 
 
+def cam_scores(cams, size, background=0.15):
+    """CAMs (J, h, w) in [0, 1] -> (1 + J, H, W) float32: at the photo's size (H, W), background's constant before them."""
+    cams = torch.as_tensor(cams).float()
+    if len(cams):
+        cams = F.interpolate(cams[None], size, mode="bilinear", align_corners=False)[0]
+    return torch.cat([torch.full((1, *size), background), cams.reshape(-1, *size)])
+
+
 def seeds_from_cams(classes, cams, size, background=0.15):
     """CAMs -> label map: the class with the largest value, background where none exceeds `background`.
 
     classes (J,) numbers from 1; cams (J, h, w) in [0, 1]; size (H, W). Returns (H, W) uint8.
     """
-    if len(classes) == 0:
-        return np.zeros(size, np.uint8)
-    cams = F.interpolate(torch.as_tensor(cams).float()[None], size, mode="bilinear", align_corners=False)[0]
-    score = torch.cat([torch.full((1, *size), background), cams])                                # (1 + J, H, W)
-    return np.concatenate([[0], classes]).astype(np.uint8)[score.argmax(0).numpy()]
+    return np.concatenate([[0], classes]).astype(np.uint8)[cam_scores(cams, size, background).argmax(0).numpy()]
 
 
 def write_seeds(model, data, ids, labels, args, machine, folder):

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import clip
 from eval import find_dataset, run, score_folder, write_json, write_label, write_text, write_whole
-from stage1_cam import Machine, read_checkpoint
+from stage1_cam import Machine, cam_scores, read_checkpoint
 from stage2_weakclip import CLIP_MEAN, CLIP_STD, MASK_CRF, PAPER, RELEASED, mask_from
 
 WEIGHTS = Path(__file__).with_name("toy_clip.pt")
@@ -403,7 +403,7 @@ def unpack_weights(path):
 
 # ========================================================================================================== the chain
 
-# options of the stages' command lines; found on worlds 0 to 2
+# options of the stages' command lines; found on worlds 0 and 1
 SCRATCH = ["--arch", "resnet18", "--weights", "none"]
 FULL = {"name": "toy", "train": 600, "val": 150,
         "stage 1": ["--crop", "160", "--iters", "420", "--batch-size", "12", "--lr", "0.02"],
@@ -458,9 +458,7 @@ def crf_on_cams(data, cams, folder):
     """Masks from the CAMs by stage 2's last step alone, the CRF: shows how much of stage 2's gain is not the network's."""
     for i in tqdm(data.ids("train"), desc="CRF on CAMs"):
         stored, image = np.load(cams / f"{i}.npz"), data.image(i)
-        cam = torch.from_numpy(stored["cam"]).float()[None]
-        cam = F.interpolate(cam, image.shape[:2], mode="bilinear")[0] if len(cam[0]) else torch.zeros(0, *image.shape[:2])
-        score = torch.cat([torch.full((1, *image.shape[:2]), 0.15), cam])      # (1 + J, H, W), background as for seeds
+        score = cam_scores(stored["cam"], image.shape[:2])                     # (1 + J, H, W), background as for seeds
         mask, _ = mask_from(score / score.sum(0), image, MASK_CRF["VOC2012"])
         write_label(folder / f"{i}.png", np.concatenate([[0], stored["keys"]]).astype(np.uint8)[mask])
 
@@ -498,7 +496,7 @@ class Rows:
 
 def small_clip(runs):
     """The small CLIP's file as the stages take it, made if absent."""
-    if not WEIGHTS.is_file() or hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() != WEIGHTS_SHA256:
+    if not WEIGHTS.is_file() or clip.file_sha256(WEIGHTS) != WEIGHTS_SHA256:
         raise ValueError(f"{WEIGHTS}: absent, or its sha256 is not {WEIGHTS_SHA256[:12]}...; restore the file")
     weights = runs / f"clip_{WEIGHTS_SHA256[:8]}.pt"
     if not weights.is_file():
@@ -536,6 +534,7 @@ def chain(runs, world, settings, device="cpu"):
     backbone, bound = ["--arch", "resnet18", "--weights", out / "resnet18.pt"], out / "upper_bound"
     if rows.missing("3 on these masks", "3 on true masks"):
         as_resnet(out / "1_cam/checkpoint.pt", out / "resnet18.pt")
+
     def upper_bound():
         if rows.missing("3 on true masks"):
             stage("stage3_segment.py", "--data", data, "--runs", bound, *rows.machine, "--masks", data / "SegmentationClass",
@@ -632,8 +631,8 @@ def ablation_table(rows, about, seeds):
         scores = [[rows.get(f"{name}, {s}, {split}") for s in range(seeds)] for split in ("train", "val")]
         if all(scores[0] + scores[1]):
             means = [np.array([r["miou"] for r in of]) for of in scores]
-            spread = (lambda x: f" ± {x.std(ddof=1):.1f}") if seeds > 1 else (lambda x: "")
-            lines.append(f"| {name} | " + " | ".join(f"{x.mean():.1f}{spread(x)}" for x in means) + " |")
+            cells = [f"{x.mean():.1f}" + (f" ± {x.std(ddof=1):.1f}" if seeds > 1 else "") for x in means]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Cannot act here: " + "; ".join(f"{k} ({v})" for k, v in NO_EFFECT.items())]) + "\n"
 
 
@@ -665,8 +664,8 @@ def main():
     if args.pretrain:
         pretrain(runs / "pretrained.pt")
         write_whole(WEIGHTS, lambda f: f.write((runs / "pretrained.pt").read_bytes()))
-        digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
-        print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB; put its sha256 into WEIGHTS_SHA256: {digest}")
+        size, digest = WEIGHTS.stat().st_size / 1e6, clip.file_sha256(WEIGHTS)
+        print(f"{WEIGHTS}: {size:.1f} MB; put its sha256 into WEIGHTS_SHA256: {digest}")
     elif args.zero_shot:
         accuracy = zero_shot(clip.load(small_clip(runs)))
         print(f"zero-shot accuracy {accuracy:.1f} % on 128 pictures of one creature (chance {100 / (len(CLASSES) - 1):.1f})")
