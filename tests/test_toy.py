@@ -114,7 +114,7 @@ def test_a_world_or_table_of_another_version_is_refused(tmp_path, monkeypatch):
     (tmp_path / "w/SegmentationClass/00004.png").unlink()
     with pytest.raises(ValueError, match="missing"):
         table.add("b", tmp_path / "w", tmp_path / "w/SegmentationClass", "val")
-    monkeypatch.setattr(toy, "HOME", 0.9)
+    monkeypatch.setattr(toy.scene, "__defaults__", (*toy.scene.__defaults__[:-1], (0, 0.7, 0.25, 0.05)))  # other counts
     with pytest.raises(ValueError, match="another version"):
         toy.draw_world(tmp_path / "w", 0, train=4, val=2)
 

@@ -7,7 +7,8 @@ run     python tests/toy.py                 # the chain on world 0, some nine mi
         python tests/toy.py --pretrain      # train tests/toy_clip.pt anew, from drawn pictures and their captions
         python tests/toy.py --zero-shot     # how well it tells the classes of unseen pictures
 writes  runs/toy/data/toy<N> (VOC's layout), runs/toy/clip_*.pt, runs/toy/ablate/, and in runs/toy/toy<N>/: 1_cam, 2_weakclip,
-        3_segment, crf_on_cams, upper_bound, resnet18.pt (stage 3's start), rows.json (the table), report.html
+        3_segment, crf_on_cams, upper_bound, resnet18.pt (stage 3's start), rows.json (the table), metrics.json,
+        metrics.csv, report.html; with --small, small<N> for toy<N>; --pretrain: tests/toy_clip.pt
 
 The creatures have the same body in any coat; only small parts (beak, ears, horns, tail, feet, marks) tell their class, and
 each class has a place where it is seen more often. A classifier looks at parts and at places: the known faults of CAM. One
@@ -59,7 +60,7 @@ PLACES = {"in the sky": ((150, 195, 235), (190, 220, 240), "bird"), "in a room":
           "in the desert": ((235, 200, 150), (205, 150, 90), "horse"), "in mud": ((140, 150, 120), (90, 70, 50), "pig"),
           "in snow": ((160, 180, 205), (195, 215, 240), "rabbit"),
           "among flowers": ((140, 190, 160), (60, 110, 65), "sheep")}
-HOME = 0.25  # chance that a picture's first creature is the one at home there; else it is any of the eight
+HOME = 0.25  # chance that a picture's first creature is the one at home there (a further one: half); else any of the eight
 
 
 def ellipse(x, y, rx, ry, n=20):
@@ -112,7 +113,7 @@ def parts(name, c, rng):
                 ([(0.56, -0.68), (0.82 + j[2], -1.0), (0.8, -0.5)], c)], \
             [*((stroke([(0.62, -0.3), (1.0, -0.36 + d)], 0.05), c) for d in (-0.06, 0.06, 0.18)),
              *((stroke([(x, -0.3), (x + j[3], 0.02)], 0.12), c) for x in (-0.34, -0.14, 0.06))]
-    if name == "cow":                                                          # horns; muzzle
+    if name == "cow":                                                          # horns, udder; muzzle
         return [(stroke([(0.4, -0.6), (0.25, -0.8), (0.3 + j[0], -1.02)], 0.16), c),
                 (stroke([(0.68, -0.6), (0.85, -0.8), (0.8 + j[1], -1.02)], 0.16), c), (ellipse(-0.15, 0.3, 0.2, 0.14), c)], \
             [(ellipse(0.72, -0.3, 0.2, 0.15), c), (ellipse(0.78, -0.32, 0.04, 0.04), (20, 60, 90))]
@@ -247,7 +248,7 @@ def scene(rng, close=0.0, home=HOME, sizes=(0.3, 0.5), counts=(0.1, 0.6, 0.25, 0
 
 def drawing_digest(seed):
     """Tells a world from one that another version of this file would draw: of the constants and the first pictures."""
-    sha = hashlib.sha256(repr((HOME, PLACES, COLOURS, PARTS)).encode())
+    sha = hashlib.sha256(repr((SIZE, PLACES, COLOURS, PARTS, scene.__defaults__)).encode())
     for i in range(3):
         image, mask, _ = scene(np.random.default_rng([seed, i]))
         sha.update(image.tobytes() + mask.tobytes())
@@ -282,7 +283,10 @@ def draw_world(folder, seed, train=600, val=150):
 # ======================================================================================================= the small CLIP
 
 def caption(place, things, rng):
-    """What a caption's author might write: the creatures, or one, or the place; at times colours, numbers and templates."""
+    """What a caption's author might write: the creatures, or one, or the place; at times colours, numbers and templates.
+
+    Of a picture of nobody: the place, or that nothing is there.
+    """
     ground = place.split(" ", 1)[1]                                            # "on grass" -> "grass"
     if not things or rng.random() < 0.1:
         text = [ground, f"a photo of {ground}", f"{ground} in the background", f"the background is {ground}"]
@@ -405,7 +409,7 @@ def unpack_weights(path):
 
 # ========================================================================================================== the chain
 
-# options of the stages' command lines; found on worlds 0 and 1
+# options of the stages' command lines; FULL's stages 1 to 3 were found on worlds 0 and 1
 SCRATCH = ["--arch", "resnet18", "--weights", "none"]
 FULL = {"name": "toy", "train": 600, "val": 150,
         "stage 1": ["--crop", "160", "--iters", "420", "--batch-size", "12", "--lr", "0.02"],
@@ -586,7 +590,7 @@ def entries():
 def ablate(runs, world, settings, only=None, seeds=3, device="cpu"):
     """One stage 2 per entry and seed, on the same stage-1 seeds, on a CPU one run a core; ends in a markdown table.
 
-    To be quick it has fewer images and iterations than the chain; masks are scored before the CRF ("+ multi-scale").
+    To be quick it has fewer images and iterations than the chain, and smaller batches; masks are scored before the CRF ("+ multi-scale").
     """
     known = entries()
     for name in only or ():
