@@ -630,15 +630,23 @@ def ablate(runs, world, settings, only=None, seeds=3, device="cpu"):
 
 
 def ablation_table(rows, about, seeds):
-    """Markdown: a line per entry all of whose seeds are there, mean and standard deviation over them."""
+    """Markdown: a line per entry all of whose seeds are there, mean and standard deviation over them.
+
+    Runs of one seed see the same pictures in the same order and, where no part is left out, start alike; so the difference
+    to "paper" is taken seed by seed, which shows more than two means with their spreads.
+    """
     lines = [f"Stage 2's masks, mIoU in percent over {seeds} seeds: mean ± standard deviation ({about})", "",
-             "| | train | val |", "|---|---|---|"]
+             "| | train | val | train, less paper's | val, less paper's |", "|---|---|---|---|---|"]
+    scores = {}
     for name in entries():
-        scores = [[rows.get(f"{name}, {s}, {split}") for s in range(seeds)] for split in ("train", "val")]
-        if all(scores[0] + scores[1]):
-            means = [np.array([r["miou"] for r in of]) for of in scores]
-            cells = [f"{x.mean():.1f}" + (f" ± {x.std(ddof=1):.1f}" if seeds > 1 else "") for x in means]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+        kept = [[rows.get(f"{name}, {s}, {split}") for s in range(seeds)] for split in ("train", "val")]
+        if all(kept[0] + kept[1]):
+            scores[name] = np.array([[r["miou"] for r in of] for of in kept])  # (2, seeds)
+    for name, score in scores.items():
+        less = score - scores["paper"] if name != "paper" and "paper" in scores else ()
+        cells = [f"{x.mean():{sign}.1f}" + (f" ± {x.std(ddof=1):.1f}" if seeds > 1 else "")
+                 for of, sign in ((score, ""), (less, "+")) for x in of]
+        lines.append(f"| {name} | {' | '.join(cells + (4 - len(cells)) * [''])} |")
     return "\n".join([*lines, "", "Cannot act here: " + "; ".join(f"{k} ({v})" for k, v in NO_EFFECT.items())]) + "\n"
 
 
