@@ -590,7 +590,8 @@ def entries():
 def ablate(runs, world, settings, only=None, seeds=3, device="cpu"):
     """One stage 2 per entry and seed, on the same stage-1 seeds, on a CPU one run a core; ends in a markdown table.
 
-    To be quick it has fewer images and iterations than the chain, and smaller batches; masks are scored before the CRF ("+ multi-scale").
+    To be quick it has fewer images and iterations than the chain, and smaller batches; masks are scored before the CRF
+    ("+ multi-scale").
     """
     known = entries()
     for name in only or ():
