@@ -135,7 +135,7 @@ def test_a_failed_ablation_stops_the_others(tmp_path, monkeypatch):
 
 def test_exercises_start_from_the_settings_of_the_chain():
     command = " ".join((ROOT / "tests/RESULTS.md").read_text().replace("\\\n", " ").split())
-    assert " ".join([*toy.FULL["stage 2"], *toy.TWO_SCALES]) in command
+    assert " ".join([*toy.FULL["stage 2"], *toy.VIEWS]) in command
 
 
 def test_the_stages_do_not_know_the_toy():

@@ -7,7 +7,7 @@ run     python tests/toy.py                 # the chain on world 0, some nine mi
         python tests/toy.py --pretrain      # train tests/toy_clip.pt anew, from drawn pictures and their captions
         python tests/toy.py --zero-shot     # how well it tells the classes of unseen pictures
 writes  runs/toy/data/toy<N> (VOC's layout), runs/toy/clip_*.pt, runs/toy/ablate/, and in runs/toy/toy<N>/: 1_cam, 2_weakclip,
-        3_segment, crf_on_cams, upper_bound, resnet18.pt (stage 3's start), rows.json (the table), metrics.json,
+        3_segment, crf_on_cams, crf_on_probs, upper_bound, resnet18.pt (stage 3's start), rows.json (the table), metrics.json,
         metrics.csv, report.html; with --small, small<N> for toy<N>; --pretrain: tests/toy_clip.pt
 
 The creatures have the same body in any coat; only small parts (beak, ears, horns, tail, feet, marks) tell their class, and
@@ -44,7 +44,7 @@ from stage1_cam import Machine, cam_scores, read_checkpoint
 from stage2_weakclip import CLIP_MEAN, CLIP_STD, MASK_CRF, PAPER, RELEASED, mask_from
 
 WEIGHTS = Path(__file__).with_name("toy_clip.pt")
-WEIGHTS_SHA256 = "f56351622d29f7dbff8afc2bbacfc8bad9d53b725cdc43e5f8c38da18439023a"
+WEIGHTS_SHA256 = "338581e07b26e8911ef8755aaa4f18867b8b603f4bd56fce70b571e7ec7209a7"
 SIZE = 128  # pixels, height and width of a picture
 CLASSES = ("background", "bird", "cat", "cow", "dog", "horse", "pig", "rabbit", "sheep")
 
@@ -58,7 +58,7 @@ COLOURS = {"grey": (130, 130, 135), "blue": (75, 105, 185), "green": (70, 130, 7
 PLACES = {"in the sky": ((150, 195, 235), (190, 220, 240), "bird"), "in a room": ((205, 180, 140), (150, 105, 70), "cat"),
           "on grass": ((170, 205, 225), (95, 150, 60), "cow"), "on the beach": ((80, 150, 190), (225, 205, 155), "dog"),
           "in the desert": ((235, 200, 150), (205, 150, 90), "horse"), "in mud": ((140, 150, 120), (90, 70, 50), "pig"),
-          "in snow": ((160, 180, 205), (195, 215, 240), "rabbit"),
+          "in snow": ((140, 160, 190), (170, 195, 230), "rabbit"),
           "among flowers": ((140, 190, 160), (60, 110, 65), "sheep")}
 HOME = 0.25  # chance that a picture's first creature is the one at home there (a further one: half); else any of the eight
 
@@ -106,26 +106,29 @@ def parts(name, c, rng):
     if name == "bird":                                                         # tail feathers; beak, wing
         return [([(-0.42, -0.1), (-1.0, -0.4 + j[0]), (-0.9, 0.0), (-1.0, 0.2 + j[1]), (-0.42, 0.12)], c)], \
             [([(0.68, -0.62), (1.2, -0.36 + j[2]), (0.68, -0.24)], c),
-             ([(0.16, -0.12), (-0.08, 0.1), (-0.42, 0.06 + j[3]), (-0.2, -0.14)], c)]
+             ([(0.26, -0.16), (-0.04, 0.18), (-0.46, 0.1 + j[3]), (-0.24, -0.2)], c)]
     if name == "cat":                                                          # raised tail, pointed ears; whiskers, stripes
-        return [(stroke([(-0.48, 0), (-0.75, -0.15), (-0.8, -0.5), (-0.68 + j[0], -0.9)], 0.2), c),
+        return [(stroke([(-0.48, 0), (-0.68, -0.12), (-0.72, -0.35), (-0.64 + j[0], -0.6)], 0.2), c),
                 ([(0.34, -0.55), (0.3 + j[1], -1.0), (0.58, -0.68)], c),
                 ([(0.56, -0.68), (0.82 + j[2], -1.0), (0.8, -0.5)], c)], \
-            [*((stroke([(0.62, -0.3), (1.0, -0.36 + d)], 0.05), c) for d in (-0.06, 0.06, 0.18)),
-             *((stroke([(x, -0.3), (x + j[3], 0.02)], 0.12), c) for x in (-0.34, -0.14, 0.06))]
-    if name == "cow":                                                          # horns, udder; muzzle
+            [*((stroke([(0.62, -0.3), (0.9, -0.34 + d)], 0.05), c) for d in (-0.06, 0.06, 0.18)),
+             *((stroke([(x, -0.29), (x + j[3], 0.14)], 0.14), c) for x in (-0.36, -0.12, 0.12))]
+    if name == "cow":                                                          # horns, udder; muzzle, patches
         return [(stroke([(0.4, -0.6), (0.25, -0.8), (0.3 + j[0], -1.02)], 0.16), c),
                 (stroke([(0.68, -0.6), (0.85, -0.8), (0.8 + j[1], -1.02)], 0.16), c), (ellipse(-0.15, 0.3, 0.2, 0.14), c)], \
-            [(ellipse(0.72, -0.3, 0.2, 0.15), c), (ellipse(0.78, -0.32, 0.04, 0.04), (20, 60, 90))]
-    if name == "dog":                                                          # tail; hanging ear, tongue
+            [(ellipse(0.72, -0.3, 0.2, 0.15), c), (ellipse(0.78, -0.32, 0.04, 0.04), (20, 60, 90)),
+             (ellipse(-0.3, -0.08 + j[2], 0.15, 0.12), c), (ellipse(0.08, 0.03 + j[3], 0.15, 0.11), c)]
+    if name == "dog":                                                          # tail; hanging ear, tongue, saddle
         return [(stroke([(-0.48, -0.05), (-0.7, -0.25), (-0.85 + j[0], -0.3)], 0.16), c)], \
             [(ellipse(0.38, -0.36, 0.12, 0.3 + j[1]), c), (ellipse(0.82, -0.15, 0.09, 0.18 + j[2]), c),
-             (ellipse(0.8, -0.42, 0.09, 0.08), (90, 40, 40))]
-    if name == "horse":                                                        # long tail; mane, long face, line on the back
+             (ellipse(0.8, -0.42, 0.09, 0.08), (90, 40, 40)),
+             ([(-0.38, -0.21), (0.0, -0.3), (0.06, -0.04 + j[3]), (-0.12, 0.1), (-0.34, 0.02)], c)]
+    if name == "horse":                                                        # tail; mane, line on the back, girth, long face
         mane = [(0.45, -0.75), (0.3, -0.8), (0.3, -0.65), (0.14, -0.66), (0.18, -0.48), (0.02, -0.44), (0.1, -0.28),
                 (0.45, -0.3)]
-        return [(stroke([(-0.48, -0.1), (-0.72, 0.0), (-0.76, 0.3), (-0.7 + j[0], 0.62)], 0.26), c)], \
+        return [(stroke([(-0.48, -0.1), (-0.66, 0.0), (-0.7, 0.2), (-0.66 + j[0], 0.42)], 0.24), c)], \
             [(mane, c), (stroke([(-0.5, -0.1), (-0.2, -0.25), (0.1, -0.28 + j[2])], 0.14), c),
+             (stroke([(-0.16, -0.28), (-0.1 + j[3], 0.0), (-0.12, 0.28)], 0.2), c),
              (stroke([(0.55, -0.45), (0.98, -0.2 + j[1])], 0.28), "coat")]
     if name == "pig":                                                          # curly tail, small ears; snout, belly
         t = np.linspace(0, 3 * np.pi, 14)
@@ -134,14 +137,16 @@ def parts(name, c, rng):
                 ([(0.58, -0.66), (0.86 + j[1], -0.84), (0.78, -0.56)], c)], \
             [(ellipse(-0.1 + j[2], 0.22, 0.27, 0.11), c), (ellipse(0.74, -0.36, 0.17, 0.19), c),
              *((ellipse(x, -0.36, 0.04, 0.07), (110, 30, 60)) for x in (0.69, 0.8))]
-    if name == "rabbit":                                                       # long ears, round tail; nose, haunch
-        ears = [(stroke([(0.45 + 0.2 * k, -0.55), (0.4 + 0.25 * k, -0.95), (0.3 + 0.4 * k + j[k], -1.3)], w), colour)
+    if name == "rabbit":                                                       # long ears, round tail; nose, haunch, shoulder
+        ears = [(stroke([(0.45 + 0.2 * k, -0.55), (0.4 + 0.25 * k, -0.95), (0.3 + 0.4 * k + j[k], -1.2)], w), colour)
                 for k in (0, 1) for w, colour in ((0.28, "coat"), (0.2, c))]
         return [*ears, (ellipse(-0.58, -0.05, 0.18, 0.18), c)], \
-            [(ellipse(0.78, -0.38, 0.08, 0.07), c), (ellipse(-0.3 + j[3], 0.1, 0.15, 0.17), c)]
+            [(ellipse(0.78, -0.38, 0.08, 0.07), c), (ellipse(-0.3 + j[3], 0.08, 0.16, 0.17), c),
+             (ellipse(0.14 + j[2], 0.02, 0.13, 0.14), c)]
     curls = [ellipse(x, y, 0.13, 0.13, 10) for x, y in ((0.36, -0.6), (0.5, -0.7), (0.66, -0.66), (0.34, -0.42))]
     back = [ellipse(x, rng.uniform(-0.33, -0.26), 0.13, 0.13, 10) for x in (-0.42, -0.24, -0.06, 0.12)]
-    return [], [(curl, c) for curl in curls + back]                            # sheep: wool
+    side = [ellipse(x, y + j[0], 0.12, 0.11, 10) for x, y in ((-0.5, 0.0), (-0.26, 0.1), (-0.02, 0.12), (0.2, 0.04))]
+    return [], [(curl, c) for curl in curls + back + side]                     # sheep: wool
 
 
 def creature(draw, mask, name, coat, at, unit, rng, portrait=False):
@@ -177,7 +182,7 @@ def scenery(draw, place, side, rng):
     for _ in range(rng.integers(2, 5)):
         x, r = rng.uniform(0, side), rng.uniform(0.05, 0.1)
         if place == "in the sky":
-            blob(x, rng.uniform(0, side), 2 * r, r, (215, 225, 238))
+            blob(x, rng.uniform(0, side), 2 * r, r, (195, 210, 232))
         elif place == "in a room":
             window = (x, horizon * 0.2, x + side * 0.2, horizon * 0.8)
             draw.rectangle(window, fill=(170, 210, 230), outline=(90, 60, 40), width=side // 50)
@@ -412,19 +417,16 @@ def unpack_weights(path):
 # options of the stages' command lines; FULL's stages 1 to 3 were found on worlds 0 and 1
 SCRATCH = ["--arch", "resnet18", "--weights", "none"]
 FULL = {"name": "toy", "train": 600, "val": 150,
-        "stage 1": ["--crop", "160", "--iters", "420", "--batch-size", "12", "--lr", "0.02"],
+        "stage 1": ["--crop", "160", "--iters", "420", "--batch-size", "8", "--lr", "0.02"],
         "stage 2": ["--crop", "128", "--iters", "300", "--batch-size", "16", "--lr", "1e-3"],
-        "stage 3": ["--crop", "96", "--iters", "500", "--batch-size", "8", "--lr", "0.00125", "--scales", "1", "1.5"],
+        "stage 3": ["--crop", "128", "--iters", "350", "--batch-size", "8", "--lr", "0.00125", "--scales", "1", "1.5"],
         "ablation": ["--crop", "128", "--iters", "150", "--batch-size", "8", "--lr", "1e-3", "--limit", "200"]}
 SMALL = {"name": "small", "train": 120, "val": 40,
          "stage 1": ["--crop", "160", "--iters", "200", "--batch-size", "8", "--lr", "0.02"],
          "stage 2": ["--crop", "128", "--iters", "150", "--batch-size", "8", "--lr", "1e-3"],
          "stage 3": ["--crop", "96", "--iters", "40", "--batch-size", "4", "--lr", "0.00125", "--scales", "1"],
          "ablation": ["--crop", "128", "--iters", "5", "--batch-size", "4", "--lr", "1e-3", "--limit", "10"]}
-RAW = ["--scales", "1", "--no-flip", "--no-crf"]
-TWO_SCALES = ["--scales", "1", "2.33", "--no-flip"]  # 2.33: nine windows that overlap by a third
-MASKS = {"raw": RAW, "+ multi-scale": [*TWO_SCALES, "--no-crf"], "+ CRF": TWO_SCALES,  # each with one thing more
-         "+ label filter": [*TWO_SCALES, "--label-filter"]}
+VIEWS = ["--scales", "1", "2.33", "--no-flip"]  # 2.33: nine windows that overlap by a third
 
 
 def machine_options(device):
@@ -460,13 +462,22 @@ def as_resnet(checkpoint, path):
     write_whole(path, lambda f: torch.save(state, f))
 
 
-def crf_on_cams(data, cams, folder):
-    """Masks from the CAMs by stage 2's last step alone, the CRF: shows how much of stage 2's gain is not the network's."""
-    for i in tqdm(data.ids("train"), desc="CRF on CAMs"):
-        stored, image = np.load(cams / f"{i}.npz"), data.image(i)
-        score = cam_scores(stored["cam"], image.shape[:2])                     # (1 + J, H, W), background as for seeds
-        mask, _ = mask_from(score / score.sum(0), image, MASK_CRF["VOC2012"])
-        write_label(folder / f"{i}.png", np.concatenate([[0], stored["keys"]]).astype(np.uint8)[mask])
+def crf_alone(data, stored, folder):
+    """Masks of train by stage 2's last step, the CRF, from what a stage has stored: CAMs, or stage 2's probabilities.
+
+    On CAMs it is a baseline: it shows how much of stage 2's gain is not the network's.
+    """
+    for i in tqdm(data.ids("train"), desc=f"CRF on {stored.name}"):
+        with np.load(stored / f"{i}.npz") as z:
+            kept = dict(z)
+        names, image = kept["keys"], data.image(i)
+        if "cam" in kept:
+            probs = cam_scores(kept["cam"], image.shape[:2])                   # (1 + J, H, W), background as for seeds
+            probs, names = probs / probs.sum(0), np.concatenate([[0], names])
+        else:
+            probs = torch.from_numpy(kept["prob"]).float()                     # (J, H, W)
+        mask, _ = mask_from(probs, image, MASK_CRF["VOC2012"])
+        write_label(folder / f"{i}.png", names.astype(np.uint8)[mask])
 
 
 class Rows:
@@ -524,41 +535,50 @@ def chain(runs, world, settings, device="cpu"):
     start = time.time()
     data, weights, made = prepare(runs, world, settings)
     out = runs / data.name
-    rows = Rows(out / "rows.json", {**made, "masks": MASKS}, device)
+    rows = Rows(out / "rows.json", {**made, "views": VIEWS}, device)
     common = ["--data", data, "--runs", runs, *rows.machine]
     if rows.missing("1 seeds", "1 CRF on CAMs"):
         stage("stage1_cam.py", *common, *SCRATCH, *settings["stage 1"])
         rows.add("1 seeds", data, out / "1_cam/seeds", "train")
-        crf_on_cams(find_dataset(data), out / "1_cam/cams", out / "crf_on_cams")
+        crf_alone(find_dataset(data), out / "1_cam/cams", out / "crf_on_cams")
         rows.add("1 CRF on CAMs", data, out / "crf_on_cams", "train")
-    for name, options in MASKS.items():
-        if rows.missing(f"2 masks {name}"):
-            stage("stage2_weakclip.py", *common, "--clip", weights, *settings["stage 2"], *options)
-            if name == "+ CRF":
-                rows.add("2 masks + CRF, val", data, out / "2_weakclip/masks/val", "val")
-            rows.add(f"2 masks {name}", data, out / "2_weakclip/masks/train", "train")
-    backbone, bound = ["--arch", "resnet18", "--weights", out / "resnet18.pt"], out / "upper_bound"
+    masks, bound = out / "2_weakclip/masks", out / "upper_bound"
+
+    def weakclip(*views):
+        stage("stage2_weakclip.py", *common, "--clip", weights, *settings["stage 2"], *views)
+
+    if rows.missing("2 masks raw"):
+        weakclip("--scales", 1, "--no-flip", "--no-crf")
+        rows.add("2 masks raw", data, masks / "train", "train")
+    if rows.missing("2 masks + multi-scale", "2 masks + CRF"):
+        weakclip(*VIEWS, "--no-crf", "--save-probs")
+        rows.add("2 masks + multi-scale", data, masks / "train", "train")
+        crf_alone(find_dataset(data), out / "2_weakclip/probs/train", out / "crf_on_probs")
+        rows.add("2 masks + CRF", data, out / "crf_on_probs", "train")
+    if rows.missing("2 masks + label filter", "2 masks + CRF, val"):
+        weakclip(*VIEWS, "--label-filter")
+        rows.add("2 masks + label filter", data, masks / "train", "train")
+        rows.add("2 masks + CRF, val", data, masks / "val", "val")             # the filter acts on train only
     if rows.missing("3 on these masks", "3 on true masks"):
         as_resnet(out / "1_cam/checkpoint.pt", out / "resnet18.pt")
 
-    def upper_bound():
-        if rows.missing("3 on true masks"):
-            stage("stage3_segment.py", "--data", data, "--runs", bound, *rows.machine, "--masks", data / "SegmentationClass",
-                  *backbone, *settings["stage 3"], log=bound / "log.txt", threads=1)
-            rows.add("3 on true masks", data, bound / data.name / "3_segment/masks/val", "val")
+    def segment(name, folder, masks, log=None):
+        if rows.missing(name):
+            stage("stage3_segment.py", "--data", data, "--runs", folder, *rows.machine, "--masks", masks, "--arch", "resnet18",
+                  "--weights", out / "resnet18.pt", *settings["stage 3"], log=log, threads=1)
+            rows.add(name, data, folder / data.name / "3_segment/masks/val", "val")
 
     with ThreadPoolExecutor(1) as beside:                                      # the two at once, on a core each
-        other = beside.submit(upper_bound)
-        if rows.missing("3 on these masks"):
-            stage("stage3_segment.py", *common, *backbone, *settings["stage 3"], threads=1)
-            rows.add("3 on these masks", data, out / "3_segment/masks/val", "val")
+        other = beside.submit(segment, "3 on true masks", bound, data / "SegmentationClass", bound / "log.txt")
+        segment("3 on these masks", runs, masks / "train")
         if not other.done():
             print("waiting for the upper bound", flush=True)
         other.result()
     stage("eval.py", "--data", data, "--runs", runs)
     print(f"\n{data.name}: this run took {time.time() - start:.0f} s; {' '.join(rows.machine)}, {os.cpu_count()} cores\n")
     print(f"{'':26} {'split':6} {'images':>10} {'mIoU':>6}")
-    for name, r in sorted(rows.rows.items(), key=lambda item: (item[0][0], "val" in item[0])):
+    order = lambda item: (item[0][0], "val" in item[0], "true" in item[0])
+    for name, r in sorted(rows.rows.items(), key=order):
         print(f"{name:26} {r['split']:6} {r['n']:3} of {r['of']:3} {r['miou']:6.1f}")
     print(f"\npictures and curves: {out / 'report.html'}")
     return rows.rows
@@ -598,10 +618,10 @@ def ablate(runs, world, settings, only=None, seeds=3, device="cpu"):
         if name not in known:
             raise ValueError(f"--only {name}: the entries are {', '.join(known)}")
     data, weights, made = prepare(runs, world, settings)
-    options, views, folder = settings["ablation"], MASKS["+ multi-scale"], runs / "ablate" / data.name
+    options, views, folder = settings["ablation"], [*VIEWS, "--no-crf"], runs / "ablate" / data.name
     limit = int(options[options.index("--limit") + 1])
-    rows = Rows(folder / "rows.json", {**made, "masks": views}, device)
-    Rows(runs / data.name / "rows.json", {**made, "masks": MASKS}, device)     # refuses seeds of another world
+    rows = Rows(folder / "rows.json", {**made, "views": views}, device)
+    Rows(runs / data.name / "rows.json", {**made, "views": VIEWS}, device)     # refuses seeds of another world
     stage("stage1_cam.py", "--data", data, "--runs", runs, *rows.machine, *SCRATCH, *settings["stage 1"])
     cores = (os.cpu_count() or 1) if Machine(device, False).device.type == "cpu" else 1
     failed = Event()
