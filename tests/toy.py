@@ -414,7 +414,7 @@ def unpack_weights(path):
 
 # ========================================================================================================== the chain
 
-# options of the stages' command lines; FULL's stages 1 to 3 were found on worlds 0 and 1
+# options of the stages' command lines; FULL's stages 1 to 3 were found on worlds 0 to 2
 SCRATCH = ["--arch", "resnet18", "--weights", "none"]
 FULL = {"name": "toy", "train": 600, "val": 150,
         "stage 1": ["--crop", "160", "--iters", "420", "--batch-size", "8", "--lr", "0.02"],
