@@ -4,7 +4,7 @@ run     python eval.py --data VOC2012                       # everything found i
         python eval.py --data VOC2012 --masks DIR --split val   # any folder of label PNGs
         python eval.py --data VOC2012 --check               # is the dataset complete and sound?
         python eval.py --data VOC2012 --submit              # archive for the VOC evaluation server
-reads   VOC2012/SegmentationClass/<id>.png (true masks), runs/VOC2012/*/{seeds,masks/<split>}/<id>.png
+reads   VOC2012/SegmentationClass/<id>.png (true masks), runs/VOC2012/**/{seeds,masks/<split>}/<id>.png
 writes  runs/VOC2012/{metrics.json, metrics.csv, report.html}
 
 Every stage imports this file: it holds no network and needs no torch.
@@ -79,10 +79,12 @@ def write_whole(path, write):
 
 
 def write_text(path, text):
+    """A text file in UTF-8, whole or not at all."""
     write_whole(path, lambda f: f.write(text.encode("utf-8")))
 
 
 def write_json(path, value):
+    """A JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -147,9 +149,11 @@ class Dataset:
     classes: tuple  # background first
 
     def list_path(self, split):
+        """Where the list `split` is, or would be."""
         return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
 
     def has(self, split):
+        """True if there is such a list."""
         return self.list_path(split).is_file()
 
     def training_split(self):
@@ -175,6 +179,7 @@ class Dataset:
         return ids[:limit]
 
     def image_path(self, i):
+        """The photo of an id; ValueError where there is none."""
         for ending in (".jpg", ".jpeg", ".png"):
             path = self.root / "JPEGImages" / (i + ending)
             if path.is_file():
@@ -337,10 +342,15 @@ def read_args(folder):
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def went_in(said):
+    """Paths of the seeds or masks that a stage learned from, by its args.json."""
+    return [v for k, v in said.get("options", {}).items() if k in ("seeds", "masks") and v]
+
+
 def score_runs(data, folder):
-    """Rows for everything the stages left in runs/<dataset>."""
-    rows = []
-    for stage in ("1_cam", "2_weakclip", "3_segment"):
+    """Rows for everything the stages left in runs/<dataset>, and for any other <name>/masks/<split>/ below it."""
+    rows, others = [], {p.parent.relative_to(folder).as_posix() for p in folder.rglob("masks")} - STAGES.keys()
+    for stage in (*STAGES, *sorted(others)):
         said = read_args(folder / stage)
         training = said.get("options", {}).get("split")
         found = [(training, folder / stage / "seeds")] if stage == "1_cam" else \
@@ -354,8 +364,9 @@ def score_runs(data, folder):
             if row:
                 facts = {k: said.get("provenance", {}).get(k) for k in PROVENANCE}
                 facts["label_filter"] = bool(facts["label_filter"]) and masks.name in (training, "seeds")  # never on val
-                went_in = [str(said.get("options", {}).get(k)) for k in ("seeds", "masks")]
-                facts["upper_bound"] = any("SegmentationClass" in path for path in went_in)  # true masks
+                paths = went_in(said)
+                paths += [q for p in paths for q in went_in(read_args(Path(p).parent.parent))]  # of the stage that made them
+                facts["upper_bound"] = any("SegmentationClass" in p for p in paths)  # true masks
                 rows.append({"stage": stage, **row, **facts})
     return rows
 
@@ -371,9 +382,10 @@ def how(r):
 
 def print_rows(rows):
     """The table, a line a row: no number without where it comes from."""
-    print(f"{'stage':12} {'split':9} {'images':>12} {'mIoU':>6} {'pixels':>7}  how")
+    wide = max([12, *(len(r["stage"]) for r in rows)])
+    print(f"{'stage':{wide}} {'split':9} {'images':>12} {'mIoU':>6} {'pixels':>7}  how")
     for r in rows:
-        print(f"{r['stage']:12} {r['split']:9} {r['n']:5} of {r['of']:4} {r['miou']:6.1f} {r['pixel_accuracy']:6.1f}%  "
+        print(f"{r['stage']:{wide}} {r['split']:9} {r['n']:5} of {r['of']:4} {r['miou']:6.1f} {r['pixel_accuracy']:6.1f}%  "
               + how(r))
 
 
@@ -483,6 +495,7 @@ def inline(picture, alt):
 
 
 def chip(name, colour):
+    """A coloured square and a name -> HTML."""
     return f'<span><i class="chip" style="background: rgb{tuple(map(int, colour))}"></i>{escape(name)}</span>'
 
 
@@ -628,6 +641,7 @@ def submit(data, folder):
 
 
 def parse_args(argv=None):
+    """The options; see --help."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--data", required=True, metavar="NAME|DIR", help="dataset folder in VOC's layout (README, Data)")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where the stages write [%(default)s]")

@@ -162,9 +162,10 @@ def start_run(folder, args, machine, digests, mask_options=()):
     machine.wait()
 
 
-def set_provenance(folder, **facts):
-    """Record in args.json how the stage's masks were made; eval.py prints it beside every score."""
-    write_json(folder / "args.json", {**read_args(folder), "provenance": facts})
+def set_provenance(folder, facts, options=()):
+    """Record in args.json how the stage's masks were made, and the options that did; eval.py prints it beside every score."""
+    said = read_args(folder)
+    write_json(folder / "args.json", {**said, "options": {**said["options"], **dict(options)}, "provenance": facts})
 
 
 def save_checkpoint(path, model, optimizer, step, facts, frozen):
@@ -708,7 +709,7 @@ def main():
         poly(args.iters), args, machine, folder, facts)
     write_seeds(model, data, ids, labels, args, machine, folder)
     if machine.main:
-        set_provenance(folder, iters=args.iters, scales=[1, 0.5, 1.5, 2], flip=True, crf=False, label_filter=True)
+        set_provenance(folder, dict(iters=args.iters, scales=[1, 0.5, 1.5, 2], flip=True, crf=False, label_filter=True))
         rows = []
         for i in preview_ids(ids):
             image, cams = data.image(i), np.load(folder / "cams" / f"{i}.npz")["cam"]

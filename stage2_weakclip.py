@@ -864,7 +864,7 @@ def masks_are_current(folder, args, iters, machine):
         for part in ("masks", "probs"):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / "preview.png").unlink(missing_ok=True)
-        set_provenance(folder, **facts)
+        set_provenance(folder, facts, {k: v for k, v in vars(args).items() if k in MASK_OPTIONS})
     machine.wait()
     return False
 

@@ -143,6 +143,8 @@ def test_masks_are_rewritten_when_only_mask_options_change(chain, call, tmp_path
     out, given = folder / "2_weakclip", options["stage2_weakclip.py"]
     checkpoint = (out / "checkpoint.pt").read_bytes()
     call("stage2_weakclip.py", *given, "--no-crf", "--no-flip", "--label-filter", "--save-probs")
+    options_now = read_json(out / "args.json")["options"]
+    assert options_now["no_crf"] and options_now["no_flip"] and options_now["iters"] == 4
     assert (out / "checkpoint.pt").read_bytes() == checkpoint
     data = find_dataset(options["eval.py"][1])
     for i, labels in data.image_labels(data.ids("train")).items():
@@ -209,6 +211,17 @@ def test_true_masks_are_an_upper_bound_and_say_so(chain, call, dataset, tmp_path
     given = ["--data", dataset, "--runs", tmp_path, *SMALL["stage3_segment.py"]]
     assert "upper bound" in call("stage3_segment.py", *given, "--masks", dataset / "SegmentationClass")
     assert "trained on true masks: an upper bound" in call("eval.py", "--data", dataset, "--runs", tmp_path)
+
+
+def test_masks_learned_from_true_masks_are_an_upper_bound_too(chain, call, dataset, tmp_path):
+    folder, _ = copy_runs(chain, tmp_path)
+    for stage, option, path in (("2_weakclip", "seeds", dataset / "SegmentationClass"),
+                                ("3_segment", "masks", folder / "2_weakclip/masks/train")):
+        said = read_json(folder / stage / "args.json")
+        evaluation.write_json(folder / stage / "args.json", {**said, "options": {**said["options"], option: str(path)}})
+    shutil.copytree(dataset / "SegmentationClass", folder / "other/masks/val")
+    rows = evaluation.score_runs(evaluation.find_dataset(dataset), folder)
+    assert {r["stage"]: r["upper_bound"] for r in rows} == {"1_cam": False, "2_weakclip": True, "3_segment": True, "other": False}
 
 
 def test_a_folder_of_photos_needs_no_dataset(chain, call, tmp_path):

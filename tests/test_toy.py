@@ -120,6 +120,13 @@ def test_a_world_or_table_of_another_version_is_refused(tmp_path, monkeypatch):
         toy.draw_world(tmp_path / "w", 0, train=4, val=2)
 
 
+@pytest.mark.parametrize("name", toy.CLASSES[1:])
+def test_every_class_tells_a_world_from_another(name, monkeypatch):
+    drawn, parts = toy.drawing_digest(0), toy.parts
+    monkeypatch.setattr(toy, "parts", lambda n, c, rng: ([], []) if n == name else parts(n, c, rng))
+    assert toy.drawing_digest(0) != drawn
+
+
 def test_a_failed_ablation_stops_the_others(tmp_path, monkeypatch):
     started = []
 
@@ -151,7 +158,7 @@ def test_the_chain_in_a_reduced_world(tmp_path, monkeypatch):
     assert rows["1 seeds"]["miou"] < rows["2 masks + label filter"]["miou"]
     assert {r["split"] for n, r in rows.items() if n.startswith("3 ")} == {"val"}
     stages = {r["stage"] for r in read_json(tmp_path / "small0/metrics.json")["rows"]}
-    assert stages == {"1_cam", "2_weakclip", "3_segment"} and (tmp_path / "small0/report.html").is_file()
+    assert stages == {"1_cam", "2_weakclip", "3_segment", "crf_on_cams", "upper_bound/small0/3_segment"} and (tmp_path / "small0/report.html").is_file()
 
     before, start = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}, time.time()
     assert toy.chain(tmp_path, 0, toy.SMALL) == rows and time.time() - start < 30

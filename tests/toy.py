@@ -8,11 +8,11 @@ run     python tests/toy.py                 # the chain on world 0, some nine mi
         python tests/toy.py --zero-shot     # how well it tells the classes of unseen pictures
 writes  runs/toy/data/toy<N> (VOC's layout), runs/toy/clip_*.pt, runs/toy/ablate/, and in runs/toy/toy<N>/: 1_cam, 2_weakclip,
         3_segment, crf_on_cams, crf_on_probs, upper_bound, resnet18.pt (stage 3's start), rows.json (the table), metrics.json,
-        metrics.csv, report.html; with --small, small<N> for toy<N>; --pretrain: tests/toy_clip.pt
+        metrics.csv, report.html; with --small, small<N> for toy<N>; --pretrain: tests/toy_clip.pt, runs/toy/pretrained.pt
 
-The creatures have the same body in any coat; only small parts (beak, ears, horns, tail, feet, marks) tell their class, and
-each class has a place where it is seen more often. A classifier looks at parts and at places: the known faults of CAM. One
-picture in ten shows a place and nobody.
+The creatures have the same body in any coat; only beak, ears, horns, tail, feet and marks, in a colour of the class's own,
+tell it, and each class has a place where it is seen more often. A classifier looks at parts and at places: the known faults
+of CAM. One picture in ten shows a place and nobody.
 The CLIP has CLIP's architecture and is trained by contrast on pictures and captions of such worlds, never on a mask. Unlike
 OpenAI's it is small, has seen nothing but these worlds, and matched patches with captions too (`pretrain`).
 The stages know nothing of all this; they are run with options that any dataset could be run with.
@@ -164,7 +164,7 @@ def creature(draw, mask, name, coat, at, unit, rng, portrait=False):
     head = [(ellipse(0.55, -0.42, 0.27, 0.26), "coat"), (ellipse(0.62, -0.48, 0.04, 0.04), (80, 60, 50))]
     for polygon, colour in [*behind, *body(rng, own), *head, *front]:
         corners = [tuple(p) for p in np.asarray(polygon, float) @ turn.T + at]
-        draw.polygon(corners, fill=named.get(colour, colour) if isinstance(colour, str) else colour)
+        draw.polygon(corners, fill=named[colour] if isinstance(colour, str) else colour)
         mask.polygon(corners, fill=CLASSES.index(name))
 
 
@@ -252,31 +252,33 @@ def scene(rng, close=0.0, home=HOME, sizes=(0.3, 0.5), counts=(0.1, 0.6, 0.25, 0
 
 
 def drawing_digest(seed):
-    """Tells a world from one that another version of this file would draw: of the constants and the first pictures."""
+    """Tells a world from one that another version of this file would draw: of the constants and 64 pictures."""
     sha = hashlib.sha256(repr((SIZE, PLACES, COLOURS, PARTS, scene.__defaults__)).encode())
-    for i in range(3):
+    for i in range(64):  # every class and place is among them
         image, mask, _ = scene(np.random.default_rng([seed, i]))
         sha.update(image.tobytes() + mask.tobytes())
     return sha.hexdigest()
 
 
 def draw_world(folder, seed, train=600, val=150):
-    """A dataset in VOC's layout, the same for the same seed. Returns what tells it from others.
+    """A dataset in VOC's layout, and beside it places.txt, the same for the same seed. Returns what tells it from others.
 
     What stands there already is left, if it is the same; ValueError if not.
     """
-    folder, labels = Path(folder), []
+    folder, labels, places = Path(folder), [], []
     made, facts = folder / "world.json", {"seed": seed, "train": train, "val": val, "drawing": drawing_digest(seed)}
     if made.is_file():                                                         # written last
         if json.loads(made.read_text()) != facts:
             raise ValueError(f"{folder} was drawn by another version of {Path(__file__).name}; remove it")
         return facts
     for i in range(train + val):
-        image, mask, _ = scene(np.random.default_rng([seed, i]))
+        image, mask, (place, _) = scene(np.random.default_rng([seed, i]))
         name = f"{i:05d}"
         write_whole(folder / "JPEGImages" / f"{name}.jpg", lambda f: Image.fromarray(image).save(f, "JPEG", quality=95))
         write_label(folder / "SegmentationClass" / f"{name}.png", mask)
         labels.append(f"{name} " + ", ".join(CLASSES[k] for k in np.unique(mask) if k))
+        places.append(f"{name} {place}\n")
+    write_text(folder / "places.txt", "".join(places))                         # no stage reads them
     write_text(folder / "image_labels.txt", "\n".join(labels) + "\n")
     write_text(folder / "classes.txt", "\n".join(CLASSES) + "\n")
     for split, part in (("train", labels[:train]), ("val", labels[train:])):
@@ -500,9 +502,11 @@ class Rows:
         self.machine, self.rows = self.kept["machine"], self.kept["rows"]
 
     def missing(self, *names):
+        """True if one of these rows is not there."""
         return any(n not in self.rows for n in names)
 
     def add(self, name, data, folder, split, limit=None):
+        """Score the label PNGs in `folder` and keep the row; ValueError where one is missing."""
         row = score_folder(find_dataset(data), folder, split, limit)
         if not row or row["n"] < row["of"]:
             raise ValueError(f"{folder}: label PNGs are missing; remove {self.path.parent} and start afresh")
@@ -524,10 +528,12 @@ def small_clip(runs):
 
 
 def prepare(runs, world, settings):
-    """Make the world's folder and the small CLIP's file if absent -> (folder, file, what the results depend on)."""
+    """Make the world's folder and the small CLIP's file if absent -> (folder, file, {table: what it depends on})."""
     data, weights = runs / "data" / f"{settings['name']}{world}", small_clip(runs)
     facts = draw_world(data, world, settings["train"], settings["val"])
-    return data, weights, {"world": facts, "clip": WEIGHTS_SHA256, "start": SCRATCH, **settings}
+    made = {"world": facts, "clip": WEIGHTS_SHA256, "start": SCRATCH, "views": VIEWS}
+    used = {"chain": ("stage 1", "stage 2", "stage 3"), "ablation": ("stage 1", "ablation")}
+    return data, weights, {table: {**made, **{k: settings[k] for k in keys}} for table, keys in used.items()}
 
 
 def chain(runs, world, settings, device="cpu"):
@@ -535,13 +541,13 @@ def chain(runs, world, settings, device="cpu"):
     start = time.time()
     data, weights, made = prepare(runs, world, settings)
     out = runs / data.name
-    rows = Rows(out / "rows.json", {**made, "views": VIEWS}, device)
+    rows = Rows(out / "rows.json", made["chain"], device)
     common = ["--data", data, "--runs", runs, *rows.machine]
     if rows.missing("1 seeds", "1 CRF on CAMs"):
         stage("stage1_cam.py", *common, *SCRATCH, *settings["stage 1"])
         rows.add("1 seeds", data, out / "1_cam/seeds", "train")
-        crf_alone(find_dataset(data), out / "1_cam/cams", out / "crf_on_cams")
-        rows.add("1 CRF on CAMs", data, out / "crf_on_cams", "train")
+        crf_alone(find_dataset(data), out / "1_cam/cams", out / "crf_on_cams/masks/train")
+        rows.add("1 CRF on CAMs", data, out / "crf_on_cams/masks/train", "train")
     masks, bound = out / "2_weakclip/masks", out / "upper_bound"
 
     def weakclip(*views):
@@ -620,8 +626,8 @@ def ablate(runs, world, settings, only=None, seeds=3, device="cpu"):
     data, weights, made = prepare(runs, world, settings)
     options, views, folder = settings["ablation"], [*VIEWS, "--no-crf"], runs / "ablate" / data.name
     limit = int(options[options.index("--limit") + 1])
-    rows = Rows(folder / "rows.json", {**made, "views": views}, device)
-    Rows(runs / data.name / "rows.json", {**made, "views": VIEWS}, device)     # refuses seeds of another world
+    rows = Rows(folder / "rows.json", made["ablation"], device)
+    Rows(runs / data.name / "rows.json", made["chain"], device)                # refuses seeds of another world
     stage("stage1_cam.py", "--data", data, "--runs", runs, *rows.machine, *SCRATCH, *settings["stage 1"])
     cores = (os.cpu_count() or 1) if Machine(device, False).device.type == "cpu" else 1
     failed = Event()
@@ -641,7 +647,7 @@ def ablate(runs, world, settings, only=None, seeds=3, device="cpu"):
             failed.set()  # the runs that wait are not started
             raise
 
-    jobs = [(name, seed) for name in dict.fromkeys(only or known) for seed in range(seeds)]
+    jobs = [(name, seed) for name in dict.fromkeys(["paper", *(only or known)]) for seed in range(seeds)]
     with ThreadPoolExecutor(cores) as pool:
         list(tqdm(pool.map(one, jobs), total=len(jobs), desc="ablations"))
     about = f"{data.name}, {' '.join(options + views + rows.machine)}"
@@ -681,13 +687,14 @@ def at_least(low):
 
 
 def main():
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--world", type=at_least(0), default=0, help="which world is drawn [%(default)s]")
     p.add_argument("--runs", type=Path, default=ROOT / "runs/toy", help="where everything is written [%(default)s]")
     p.add_argument("--small", action="store_true", help="fewer images and iterations: what the tests run")
     p.add_argument("--device", default="cpu", help="the stages' option [%(default)s]")
     p.add_argument("--seeds", type=at_least(1), default=3, help="training seeds of each ablation [%(default)s]")
-    p.add_argument("--only", nargs="+", metavar="ENTRY", help="these ablations only, e.g. prompts=false released")
+    p.add_argument("--only", nargs="+", metavar="ENTRY", help="besides the paper these only, e.g. prompts=false released")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--ablate", action="store_true", help="take out one part of WeakCLIP at a time")
     what.add_argument("--pretrain", action="store_true", help="train the small CLIP anew")
