@@ -4,10 +4,15 @@ run     python eval.py --data VOC2012                       # everything found i
         python eval.py --data VOC2012 --masks DIR --split val   # any folder of label PNGs
         python eval.py --data VOC2012 --check               # is the dataset complete and sound?
         python eval.py --data VOC2012 --submit              # archive for the VOC evaluation server
-reads   VOC2012/SegmentationClass/<id>.png (true masks), runs/VOC2012/**/{seeds,masks/<split>}/<id>.png
+reads   VOC2012/SegmentationClass/<id>.png (true masks)
+        runs/VOC2012/**/{seeds,masks/<split>}/<id>.png
 writes  runs/VOC2012/{metrics.json, metrics.csv, report.html}
 
-Every stage imports this file: it holds no network and needs no torch.
+In this order: I the dataset folder and its label PNGs, II scores, III the report page, IV the
+command line. Who looks for the mIoU reads II alone. Every stage imports part I, so that photos,
+lists and labels are read and refused in one way everywhere; and part II's `read_args`, because
+a run's record must be written and read by the same rules. No network stands here, and no torch
+is needed.
 """
 import argparse
 import base64
@@ -29,46 +34,354 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-IGNORE = 255  # "unsure" in our masks, the void border in VOC's: neither trained on nor scored
-VOC_CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
-# COCO's category ids 0..90 as the released code has them. Ten were never used; our COCO has the 81 others, numbered on (32).
+# "Unsure" in our masks, the void border around objects in VOC's: neither trained on nor scored.
+IGNORE = 255
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor")
+# COCO numbers its categories 1 to 90 and leaves ten of the numbers unused. The released code has
+# an output for each of the 91 slots; our COCO has the 81 names that occur, numbered on (32).
 COCO_SLOTS = (
-    "background", "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "street sign", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
-    "elephant", "bear", "zebra", "giraffe", "hat", "backpack", "umbrella", "shoe", "eye glasses", "handbag", "tie", "suitcase",
-    "frisbee", "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
-    "tennis racket", "bottle", "plate", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich",
-    "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "mirror",
-    "dining table", "window", "desk", "toilet", "door", "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave",
-    "oven", "toaster", "sink", "refrigerator", "blender", "book", "clock", "vase", "scissors", "teddy bear", "hair drier",
-    "toothbrush")
-COCO_CLASSES = tuple(n for n in COCO_SLOTS if n not in (
-    "street sign", "hat", "shoe", "eye glasses", "plate", "mirror", "window", "desk", "door", "blender"))
+    "background", "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck",
+    "boat", "traffic light", "fire hydrant", "street sign", "stop sign", "parking meter", "bench",
+    "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "hat",
+    "backpack", "umbrella", "shoe", "eye glasses", "handbag", "tie", "suitcase", "frisbee", "skis",
+    "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard",
+    "surfboard", "tennis racket", "bottle", "plate", "wine glass", "cup", "fork", "knife", "spoon",
+    "bowl", "banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza",
+    "donut", "cake", "chair", "couch", "potted plant", "bed", "mirror", "dining table", "window",
+    "desk", "toilet", "door", "tv", "laptop", "mouse", "remote", "keyboard", "cell phone",
+    "microwave", "oven", "toaster", "sink", "refrigerator", "blender", "book", "clock", "vase",
+    "scissors", "teddy bear", "hair drier", "toothbrush")
+COCO_UNUSED = ("street sign", "hat", "shoe", "eye glasses", "plate", "mirror", "window", "desk",
+               "door", "blender")
+COCO_CLASSES = tuple(name for name in COCO_SLOTS if name not in COCO_UNUSED)
 
 
-# =============================================================================================== errors, whole files
+# ================================================================================================
+# I  The dataset folder and its label PNGs
+# ================================================================================================
 
-def stop(message):
-    """The user's mistakes end here: one line on stderr, exit status 2."""
-    print(" ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
+# Any dataset becomes VOC's layout:
+#
+#     JPEGImages/<id>.jpg                    photos
+#     ImageSets/Segmentation/<list>.txt      which ids are for training, which for judging
+#     image_labels.txt, Annotations/<id>.xml what is in a photo, not where: all that stages learn
+#     SegmentationClass/<id>.png             where it is: the true masks, to judge by and no more
+#     classes.txt                            what the numbers mean
+#
+# An image is known by its id alone, the stem of its photo's name; its labels, seeds and masks are
+# found by that id in other folders. A class is known by its number, and everything depends on
+# both being read alike by every stage: hence one reader for each kind of file, here.
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder in VOC's layout: photos, lists of ids, image-level labels, perhaps true masks.
+
+    classes: names, background first. A class number is a place in this tuple, everywhere: in
+    classes.txt (line 1 is number 0), in label PNGs, in CAM files and in a network's outputs.
+    """
+    root: Path
+    name: str
+    classes: tuple
+
+    def list_path(self, split: str) -> Path:
+        """Where the list `split` is, or would be."""
+        return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+
+    def has(self, split: str) -> bool:
+        """True if there is such a list."""
+        return self.list_path(split).is_file()
+
+    def training_split(self) -> str:
+        """trainaug where that list exists, else train."""
+        return "trainaug" if self.has("trainaug") else "train"
+
+    def ids(self, split: str, limit: int | None = None) -> list[str]:
+        """Image ids of a list, in its order, the first `limit` of them.
+
+        Raises ValueError for a missing list, an odd id or one that stands twice.
+        """
+        path = self.list_path(split)
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
+            raise ValueError(f"{path}: no such list (there is {known or 'none'}); "
+                             "one image id a line is expected")
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        ids = [line for line in lines if line]
+        seen = set()
+        for image_id in ids:
+            # An id becomes the name of many files, so it must not lead out of their folder.
+            is_path = "/" in image_id or "\\" in image_id or image_id in (".", "..")
+            if is_path or len(image_id.split()) > 1:
+                raise ValueError(f"{path}: {image_id!r} is no image id; one id a line, "
+                                 "no white space, no path")
+            if image_id in seen:
+                # An epoch would show it twice, and a mean over the list count it twice.
+                raise ValueError(f"{path}: {image_id} stands twice")
+            seen.add(image_id)
+        if not ids:
+            raise ValueError(f"{path}: the list is empty")
+        return ids[:limit]
+
+    def image_path(self, image_id: str) -> Path:
+        """The photo of an id; ValueError where there is none."""
+        for ending in (".jpg", ".jpeg", ".png"):
+            path = self.root / "JPEGImages" / (image_id + ending)
+            if path.is_file():
+                return path
+        raise ValueError(f"{self.root}/JPEGImages/{image_id}.jpg: no such image "
+                         "(nor .jpeg, .png)")
+
+    def image(self, image_id: str) -> np.ndarray:
+        """The photo of an id, (H, W, 3) uint8 RGB."""
+        return read_image(self.image_path(image_id))
+
+    def truth_path(self, image_id: str) -> Path | None:
+        """The true mask of an image, or None.
+
+        SBD's coarser masks (SegmentationClassAug) serve where VOC's are missing.
+        """
+        for folder in ("SegmentationClass", "SegmentationClassAug"):
+            path = self.root / folder / f"{image_id}.png"
+            if path.is_file():
+                return path
+        return None
+
+    def image_labels(self, ids: list[str]) -> dict[str, list[int]]:
+        """{id: sorted class numbers from 1}, from image_labels.txt or else Annotations/*.xml.
+
+        They never come from masks: those would tell more than image-level labels do. Raises
+        ValueError where an image has no labels or a name that is no class.
+        """
+        path = self.root / "image_labels.txt"
+        if path.is_file():
+            names = read_image_labels(path)
+            source = {image_id: path for image_id in ids}
+        else:
+            source = {i: self.root / "Annotations" / f"{i}.xml" for i in ids}
+            names = {i: annotated_objects(xml) for i, xml in source.items() if xml.is_file()}
+        # Names, not numbers, stand in labels: a name cannot be off by one.
+        number = {name: k for k, name in enumerate(self.classes)}
+        labels = {}
+        for image_id in ids:
+            if image_id not in names:
+                raise ValueError(f"{source[image_id]}: no image-level labels for {image_id}; "
+                                 f"a line `{image_id} name, name` in {path} is expected")
+            for name in names[image_id]:
+                # Background (number 0) is in nearly every photo and so is nobody's label.
+                if number.get(name, 0) == 0:
+                    raise ValueError(f"{source[image_id]}: {image_id} has class {name!r}; "
+                                     f"known are {', '.join(self.classes[1:])}")
+            labels[image_id] = sorted({number[name] for name in names[image_id]})
+        return labels
+
+    def digests(self, *splits: str, **texts: str) -> dict[str, str]:
+        """{name: sha256} of the lists `splits`, of the classes and of `texts`.
+
+        They tell one dataset from another when a run is resumed.
+        """
+        parts = dict(texts)
+        for split in splits:
+            if self.has(split):
+                parts[split] = "\n".join(self.ids(split))
+        parts["classes"] = "\n".join(self.classes)
+        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}
 
 
-def run(main):
-    """Run a script's main(); bad input and the file system's refusals (ValueError, OSError) become one line."""
+def read_image_labels(path: Path) -> dict[str, list[str]]:
+    """image_labels.txt, a line `<id> name, name` an image -> {id: names}.
+
+    Names are parted by commas and not by spaces, because COCO's have spaces ("traffic light").
+    """
+    # An id without names is a photo without any of the classes, which COCO has.
+    names = {}
+    for line in path.read_text().splitlines():
+        if line.strip():
+            image_id, _, listed = line.partition(" ")
+            names[image_id] = [name.strip() for name in listed.split(",") if name.strip()]
+    return names
+
+
+def annotated_objects(path: Path) -> list[str]:
+    """Names of all objects in a VOC annotation, an object's name as often as it stands there.
+
+    Difficult objects count too: detectors are not scored on them, but they are in the photo.
+    """
     try:
-        main()
-    except (ValueError, OSError) as e:
-        stop(e)
-    except KeyboardInterrupt:
-        stop("interrupted; the same command goes on from here")
+        root = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as e:
+        raise ValueError(f"{path}: not a readable annotation ({e})") from None
+    return [found.findtext("name", "").strip() for found in root.iter("object")]
 
 
-def write_whole(path, write):
-    """Call write(file) on a file beside `path`, then rename it: `path` exists whole or not at all."""
+def dataset_name(name: str | Path) -> str:
+    """Last part of `--data`: names the run's folder and picks COCO's recipe.
+
+    A link keeps its own name, so a folder of any name can be given COCO's recipe.
+    """
+    return Path(os.path.abspath(name)).name
+
+
+def find_dataset(name: str | Path) -> Dataset:
+    """`--data`: a folder, or a name looked up as ./NAME, ./data/NAME and ./data/VOCdevkit/NAME.
+
+    Raises ValueError where there is none, and for a classes.txt that is no list of names.
+    """
+    places = [Path(name), Path("data") / name, Path("data") / "VOCdevkit" / name]
+    roots = [place for place in places if (place / "JPEGImages").is_dir()]
+    if not roots:
+        raise ValueError(f"--data {name}: no folder with JPEGImages/ at "
+                         f"{', '.join(map(str, places))}; VOC 2012's has one, see README, Data")
+    path = roots[0] / "classes.txt"
+    classes = read_classes(path) if path.is_file() else VOC_CLASSES
+    return Dataset(roots[0], dataset_name(roots[0]), classes)
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """classes.txt -> class names; the first line is number 0, the background.
+
+    The file's order is all that ties a number in a label PNG to a name, so a line must never be
+    lost or doubled: each name behind it would then stand for the class before or after its own.
+    """
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    classes = tuple(line for line in lines if line)
+    if len(set(classes)) < len(classes) or not 2 <= len(classes) <= IGNORE:
+        raise ValueError(f"{path}: 2 to {IGNORE} different class names are expected, "
+                         "background first")
+    return classes
+
+
+# ------------------------------------------------------------------------- photos and label PNGs
+
+def read_image(path: Path) -> np.ndarray:
+    """Photo -> (H, W, 3) uint8 RGB as displayed.
+
+    Cameras store a photo as the sensor saw it, with a note (EXIF) how to turn it. The turn is
+    applied here, so that a mask fits what people see. Raises ValueError for a broken file.
+    """
+    try:
+        with Image.open(path) as stored:
+            return np.array(ImageOps.exif_transpose(stored).convert("RGB"))
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{path}: not a readable image ({e})") from None
+
+
+def colour_map() -> np.ndarray:
+    """VOC's palette, (256, 3) uint8: the colour of every class number.
+
+    The bits of a number, three at a time from the lowest up, fill red, green and blue from the
+    top bit down. So 5 (bottle), 101 in binary, has bit 0 in red and bit 2 in blue: (128, 0, 128).
+    Near numbers get far colours, and nobody has to keep a table.
+    """
+    number = np.arange(256)
+    palette = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            is_set = (number >> (3 * bit + channel)) & 1
+            palette[:, channel] |= (is_set << (7 - bit)).astype(np.uint8)
+    return palette
+
+
+def read_label(path: Path, classes: int = 256, size: tuple | None = None) -> np.ndarray:
+    """Label PNG -> (H, W) uint8 of class numbers, 255 = unsure.
+
+    classes: numbers from `classes` to 254 are refused; size: (H, W) that is expected. An indexed
+    PNG's numbers are read, its colours do not matter. Raises ValueError.
+    """
+    try:
+        with Image.open(path) as stored:
+            mode, label = stored.mode, np.array(stored)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError) as e:
+        raise ValueError(f"{path}: not a readable label PNG ({e})") from None
+    if mode not in ("P", "L"):
+        raise ValueError(f"{path}: mode {mode}; a label PNG is indexed (P) or grey (L) "
+                         "and holds class numbers, not colours")
+    # A number that no class has is never "close enough": it shows that the mask was made for
+    # another list of classes, and then its other numbers are wrong as well.
+    unknown = label[(label >= classes) & (label != IGNORE)]
+    if unknown.size:
+        raise ValueError(f"{path}: class number {unknown.max()}, the dataset has "
+                         f"0..{classes - 1} and {IGNORE}")
+    if size is not None and label.shape != tuple(size):
+        raise ValueError(f"{path}: {label.shape[1]}x{label.shape[0]} pixels, "
+                         f"its image has {size[1]}x{size[0]}")
+    return label
+
+
+def write_label(path: Path, label: np.ndarray):
+    """(H, W) class numbers -> palette PNG in VOC's colours."""
+    # Indexed, not grey: the file holds the same numbers, and people see classes as colours.
+    picture = Image.fromarray(np.asarray(label, np.uint8), mode="P")
+    picture.putpalette(colour_map().tobytes())
+    write_whole(path, lambda f: picture.save(f, "PNG"))
+
+
+def check_inputs(data: Dataset, ids: list[str], label_folder: Path | None = None):
+    """Decode every photo, and its label PNG in `label_folder` if given. Raises ValueError.
+
+    Stages call this before they build a network: a broken file would else be met at a random
+    iteration, hours into a run.
+    """
+    # What is quick to know comes first: that every file is there is known before one is decoded.
+    photos = {image_id: data.image_path(image_id) for image_id in ids}
+    if label_folder is not None:
+        missing = [i for i in ids if not (label_folder / f"{i}.png").is_file()]
+        if missing:
+            raise ValueError(f"{label_folder}: {len(missing)} of {len(ids)} label PNGs missing, "
+                             f"first {missing[0]}.png; run the stage before on the same list, "
+                             "or name another folder")
+
+    # A mask of another size cannot be laid over its photo, and resizing it in silence would hide
+    # that one of the two was cropped or turned.
+    def check(image_id):
+        size = read_image(photos[image_id]).shape[:2]
+        if label_folder is not None:
+            read_label(label_folder / f"{image_id}.png", len(data.classes), size)
+    for_each(check, ids, "checking inputs")
+
+
+def folder_digest(folder: Path, ids: list[str]) -> str:
+    """sha256 over the label PNGs of `ids`.
+
+    Tells whether a stage's input is still the one that it was trained on.
+    """
+    # A digest of digests in the list's order: equal only if every file is, and files of other
+    # images in the folder do not disturb.
+    def digest(image_id):
+        return hashlib.sha256((folder / f"{image_id}.png").read_bytes()).hexdigest()
+    digests = for_each(digest, ids, "digests")
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def for_each(function, items: list, text: str) -> list:
+    """[function(item) for item in items], in threads, under a progress bar called `text`.
+
+    Threads serve because decoding an image frees Python's lock.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(function, items)  # in the order of items, whichever ends first
+        few = len(items) < 50                # a bar that is gone at once only flickers
+        return list(tqdm(results, total=len(items), desc=text, leave=False, disable=few))
+
+
+# ----------------------------------------------------------------- files that appear whole, errors
+
+def write_whole(path: Path, write):
+    """Call write(file) on a file beside `path`, then rename it: `path` exists whole or not at all.
+
+    A run that is cut off thus leaves no half file behind, and "the file exists" can be taken for
+    "this piece of work is done" when the same command goes on.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The process's number is in the name, so two processes that write one file do not mix, and
+    # the dot keeps `*.png` from finding it.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as f:
@@ -78,577 +391,721 @@ def write_whole(path, write):
         part.unlink(missing_ok=True)
 
 
-def write_text(path, text):
+def write_text(path: Path, text: str):
     """A text file in UTF-8, whole or not at all."""
     write_whole(path, lambda f: f.write(text.encode("utf-8")))
 
 
-def write_json(path, value):
+def write_json(path: Path, value):
     """A JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-# ================================================================================================ images and label PNGs
-
-def colour_map():
-    """VOC's palette (256, 3) uint8: the bits of a class number, three at a time, fill R, G and B from the top bit down."""
-    c, palette = np.arange(256), np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= (((c >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
+def stop(message):
+    """The user's mistakes end here: one line on stderr, exit status 2."""
+    print(" ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
 
 
-def read_image(path):
-    """Photo -> (H, W, 3) uint8 RGB as displayed (EXIF orientation applied). Raises ValueError where it is broken."""
-    try:
-        with Image.open(path) as im:
-            return np.array(ImageOps.exif_transpose(im).convert("RGB"))
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path}: not a readable image ({e})") from None
+def run(main):
+    """Run a script's main(); bad input (ValueError, OSError) becomes one line.
 
-
-def read_label(path, classes=256, size=None):
-    """Label PNG -> (H, W) uint8 of class numbers, 255 = unsure.
-
-    classes: numbers from `classes` to 254 are refused; size: (H, W) that is expected. Raises ValueError.
+    Functions raise and never exit, so that tests and other scripts can catch what they say.
     """
     try:
-        with Image.open(path) as im:
-            mode, label = im.mode, np.array(im)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError) as e:
-        raise ValueError(f"{path}: not a readable label PNG ({e})") from None
-    if mode not in ("P", "L"):
-        raise ValueError(f"{path}: mode {mode}; a label PNG is indexed (P) or grey (L) and holds class numbers, not colours")
-    bad = label[(label >= classes) & (label != IGNORE)]
-    if bad.size:
-        raise ValueError(f"{path}: class number {bad.max()}, the dataset has 0..{classes - 1} and {IGNORE}")
-    if size is not None and label.shape != tuple(size):
-        raise ValueError(f"{path}: {label.shape[1]}x{label.shape[0]} pixels, its image has {size[1]}x{size[0]}")
-    return label
+        main()
+    except (ValueError, OSError) as e:
+        stop(e)
+    except KeyboardInterrupt:
+        stop("interrupted; the same command goes on from here")
 
 
-def write_label(path, label):
-    """(H, W) class numbers -> palette PNG in VOC's colours."""
-    im = Image.fromarray(np.asarray(label, np.uint8), mode="P")
-    im.putpalette(colour_map().tobytes())
-    write_whole(path, lambda f: im.save(f, "PNG"))
+# ================================================================================================
+# II  Scores
+# ================================================================================================
 
+# The measure of the field is the mean intersection over union, mIoU. For one class k, take the
+# pixels that are k in the truth and those that are k in the prediction:
+#
+#     IoU_k = |both| / |either|,    mIoU = mean of IoU_k over the classes, background among them
+#
+# All of it can be read off one table, the confusion matrix M, whose entry M[t, p] counts the
+# pixels of true class t that were predicted as p. With 3 cat pixels found, 1 cat pixel missed and
+# 2 background pixels called cat:
+#
+#                      background   cat   unsure
+#     true background         94      2       0       cat: both = 3, either = 3 + 1 + 2 = 6,
+#     true cat                 1      3       0            IoU = 50 percent
+#
+# Background counts as a class, and it is the easiest one: on VOC, a network that says nothing but
+# "background" still has an IoU of over 70 percent there, and a mIoU of 3.5.
 
-# ============================================================================================================== dataset
-
-@dataclass(frozen=True)
-class Dataset:
-    """A folder in VOC's layout."""
-    root: Path
-    name: str
-    classes: tuple  # background first
-
-    def list_path(self, split):
-        """Where the list `split` is, or would be."""
-        return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
-
-    def has(self, split):
-        """True if there is such a list."""
-        return self.list_path(split).is_file()
-
-    def training_split(self):
-        """trainaug where that list exists, else train."""
-        return "trainaug" if self.has("trainaug") else "train"
-
-    def ids(self, split, limit=None):
-        """Image ids of a list, in its order. Raises ValueError for a missing list, an odd id or one that stands twice."""
-        path = self.list_path(split)
-        if not path.is_file():
-            known = sorted(p.stem for p in path.parent.glob("*.txt"))
-            raise ValueError(f"{path}: no such list (there is {', '.join(known) or 'none'}); one image id a line is expected")
-        ids, seen = path.read_text().splitlines(), set()
-        ids = [i.strip() for i in ids if i.strip()]
-        for i in ids:
-            if i.split() != [i] or "/" in i or "\\" in i or i in (".", ".."):
-                raise ValueError(f"{path}: {i!r} is no image id; one id a line, no white space, no path")
-            if i in seen:
-                raise ValueError(f"{path}: {i} stands twice")
-            seen.add(i)
-        if not ids:
-            raise ValueError(f"{path}: the list is empty")
-        return ids[:limit]
-
-    def image_path(self, i):
-        """The photo of an id; ValueError where there is none."""
-        for ending in (".jpg", ".jpeg", ".png"):
-            path = self.root / "JPEGImages" / (i + ending)
-            if path.is_file():
-                return path
-        raise ValueError(f"{self.root}/JPEGImages/{i}.jpg: no such image (nor .jpeg, .png)")
-
-    def image(self, i):
-        """(H, W, 3) uint8."""
-        return read_image(self.image_path(i))
-
-    def truth_path(self, i):
-        """True mask of an image, or None. SBD's coarser masks (SegmentationClassAug) serve where VOC's are missing."""
-        for folder in ("SegmentationClass", "SegmentationClassAug"):
-            path = self.root / folder / f"{i}.png"
-            if path.is_file():
-                return path
-        return None
-
-    def image_labels(self, ids):
-        """{id: sorted class numbers from 1} from image_labels.txt or Annotations/*.xml, never from masks."""
-        number = {name: k for k, name in enumerate(self.classes)}
-        path = self.root / "image_labels.txt"
-        if path.is_file():
-            lines = (line.partition(" ") for line in path.read_text().splitlines() if line.strip())
-            names = {i: [n.strip() for n in rest.split(",") if n.strip()] for i, _, rest in lines}
-            source = {i: path for i in ids}
-        else:
-            source = {i: self.root / "Annotations" / f"{i}.xml" for i in ids}
-            names = {i: annotated_objects(p) for i, p in source.items() if p.is_file()}
-        labels = {}
-        for i in ids:
-            if i not in names:
-                raise ValueError(f"{source[i]}: no image-level labels for {i}; a line `{i} name, name` in {path} is expected")
-            for n in names[i]:
-                if number.get(n, 0) == 0:
-                    raise ValueError(f"{source[i]}: {i} has class {n!r}; known are {', '.join(self.classes[1:])}")
-            labels[i] = sorted({number[n] for n in names[i]})
-        return labels
-
-    def digests(self, *splits, **texts):
-        """sha256 of the lists, the classes and `texts`: what tells one dataset from another when a run is resumed."""
-        parts = texts | {split: "\n".join(self.ids(split)) for split in splits if self.has(split)}
-        parts["classes"] = "\n".join(self.classes)
-        return {k: hashlib.sha256(v.encode()).hexdigest() for k, v in parts.items()}
-
-
-def annotated_objects(path):
-    """Names of every object in a VOC annotation, difficult ones too."""
-    try:
-        return [o.findtext("name", "").strip() for o in ElementTree.parse(path).getroot().iter("object")]
-    except ElementTree.ParseError as e:
-        raise ValueError(f"{path}: not a readable annotation ({e})") from None
-
-
-def dataset_name(name):
-    """Last part of `--data`: names the run's folder and picks COCO's recipe. A link keeps its own name."""
-    return Path(os.path.abspath(name)).name
-
-
-def find_dataset(name):
-    """`--data`: a folder, or a name looked up as ./NAME, ./data/NAME and ./data/VOCdevkit/NAME."""
-    places = [Path(name), Path("data") / name, Path("data") / "VOCdevkit" / name]
-    root = next((p for p in places if (p / "JPEGImages").is_dir()), None)
-    if root is None:
-        raise ValueError(f"--data {name}: no folder with JPEGImages/ at {', '.join(map(str, places))}; "
-                         "VOC 2012's has one, see README, Data")
-    classes, path = VOC_CLASSES, root / "classes.txt"
-    if path.is_file():
-        classes = tuple(n.strip() for n in path.read_text().splitlines() if n.strip())
-        if len(classes) < 2 or len(set(classes)) < len(classes) or len(classes) > IGNORE:
-            raise ValueError(f"{path}: 2 to {IGNORE} different class names are expected, background first")
-    return Dataset(root, dataset_name(root), classes)
-
-
-def for_each(function, items, text):
-    """function(item) for all items, in threads (decoding images frees Python's lock), with a bar; results in order."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(function, items), total=len(items), desc=text, leave=False, disable=len(items) < 50))
-
-
-def check_inputs(data, ids, labels=None):
-    """Decode every image, and its label PNG in folder `labels` if given, before hours of work start. Raises ValueError."""
-    paths = {i: data.image_path(i) for i in ids}
-    if labels is not None:
-        missing = [i for i in ids if not (labels / f"{i}.png").is_file()]
-        if missing:
-            raise ValueError(f"{labels}: {len(missing)} of {len(ids)} label PNGs missing, first {missing[0]}.png; "
-                             "run the stage before on the same list, or name another folder")
-
-    def check(i):
-        size = read_image(paths[i]).shape[:2]
-        if labels is not None:
-            read_label(labels / f"{i}.png", len(data.classes), size)
-    for_each(check, ids, "checking inputs")
-
-
-def folder_digest(folder, ids):
-    """sha256 of the label PNGs of `ids`: tells whether a stage's input is still the one that it was trained on."""
-    digests = for_each(lambda i: hashlib.sha256((folder / f"{i}.png").read_bytes()).hexdigest(), ids, "digests")
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-# =============================================================================================================== scores
-
-def confusion(truth, prediction, K):
-    """Pixel counts (K, K + 1): row = true class, column = predicted class; the last column counts "unsure" (255).
+def confusion(truth: np.ndarray, prediction: np.ndarray, K: int) -> np.ndarray:
+    """Pixel counts (K, K + 1): row = true class, column = predicted class, the last "unsure".
 
     truth, prediction (H, W) uint8. Pixels whose truth is 255 are not scored.
     """
-    scored = truth != IGNORE
-    column = np.minimum(prediction[scored].astype(np.int64), K)
-    return np.bincount(truth[scored].astype(np.int64) * (K + 1) + column, minlength=K * (K + 1)).reshape(K, K + 1)
+    scored = truth != IGNORE                                             # (H, W) bool
+    # "Unsure" (255) gets a column of its own. Were such pixels left out instead, a mask could
+    # gain by answering only where it is certain; so an unsure pixel is a miss for its class.
+    row = truth[scored].astype(np.int64)                                 # (n,)
+    column = np.minimum(prediction[scored].astype(np.int64), K)          # (n,)
+    # Each pair (row, column) is one number, and one count over all pixels is the whole matrix.
+    counts = np.bincount(row * (K + 1) + column, minlength=K * (K + 1))
+    return counts.reshape(K, K + 1)
 
 
-def scores(matrix):
+def scores(matrix: np.ndarray) -> dict:
     """Confusion matrix of a whole dataset (K, K + 1) -> percentages.
 
-    Per class, over truth-or-predicted pixels: iou + false_positives + false_negatives = 100; NaN where there are none.
-    An "unsure" pixel is a miss for its class. miou: mean over the classes that occur, from one dataset-wide matrix.
+    iou, false_positives, false_negatives: (K,) per class, over the pixels that are this class in
+    the truth or in the prediction, so the three add to 100; NaN for a class without such pixels.
+    miou: mean of iou over the classes that occur. pixel_accuracy: hits among all scored pixels.
     """
-    hit, true, predicted = np.diag(matrix), matrix.sum(1), matrix[:, :-1].sum(0)
+    # The matrix has K + 1 columns, its diagonal K entries: "unsure" is right for no class.
+    hit = np.diag(matrix)                                                # (K,)
+    true = matrix.sum(1)                                                 # (K,)
+    predicted = matrix[:, :-1].sum(0)                                    # (K,) without "unsure"
     union = true + predicted - hit
-    with np.errstate(invalid="ignore"):
-        per_class = {"iou": 100 * hit / union, "false_positives": 100 * (predicted - hit) / union,
+    with np.errstate(invalid="ignore"):  # 0 / 0 of a class that does not occur is NaN, as said
+        per_class = {"iou": 100 * hit / union,
+                     "false_positives": 100 * (predicted - hit) / union,
                      "false_negatives": 100 * (true - hit) / union}
-        accuracy = 100 * hit.sum() / matrix.sum() if matrix.sum() else np.nan
+    # Pixel accuracy is dominated by background and large things; the mean over classes is not.
+    accuracy = 100 * hit.sum() / matrix.sum() if matrix.any() else np.nan
     miou = np.nanmean(per_class["iou"]) if union.any() else np.nan
     return {"miou": float(miou), "pixel_accuracy": float(accuracy), **per_class}
 
 
-def score_folder(data, folder, split, limit=None):
+def score_folder(data: Dataset, folder: Path, split: str, limit: int | None = None) -> dict | None:
     """Score the label PNGs in `folder` on the ids of `split` that have both a mask and a truth.
 
-    Returns {"split", "n", "of", "truth", and what `scores` gives}, or None where there is nothing to score.
+    Returns {"split", "n", "of", "truth", and what `scores` gives}, or None where there is nothing
+    to score. n of `of`: a good score on few images must be seen to be one.
     """
+    # Images without a mask are left out and not held against the folder: a stage may be half
+    # done, and "n of N" says so.
     K, ids = len(data.classes), data.ids(split, limit)
     both = [i for i in ids if (folder / f"{i}.png").is_file() and data.truth_path(i)]
     if not both:
         return None
 
+    # One matrix for the whole dataset, as VOC and the papers have it: pixels are counted over all
+    # images first and divided once. A mean of per-image IoUs would be another number, in which a
+    # class of ten pixels in one photo weighs as much as the same class filling another.
     matrix, lock = np.zeros((K, K + 1), np.int64), Lock()
 
-    def one(i):
-        truth = read_label(data.truth_path(i), K)
-        counts = confusion(truth, read_label(folder / f"{i}.png", K, truth.shape), K)
+    def count(image_id):
+        truth = read_label(data.truth_path(image_id), K)
+        prediction = read_label(folder / f"{image_id}.png", K, truth.shape)
+        counts = confusion(truth, prediction, K)
         with lock:  # summed at once: COCO's 80,000 matrices would be 4 GB
             np.add(matrix, counts, out=matrix)
-    for_each(one, both, f"scoring {folder}")
+    for_each(count, both, f"scoring {folder}")
     truths = sorted({data.truth_path(i).parent.name for i in both})
-    return {"split": split, "n": len(both), "of": len(ids), "truth": "+".join(truths), **scores(matrix)}
+    return {"split": split, "n": len(both), "of": len(ids), "truth": "+".join(truths),
+            **scores(matrix)}
 
 
-# of a row; None where the masks' maker did not say
+# ------------------------------------------------------------- provenance: how a mask came to be
+
+# 77.2 says little until one knows of what: training images or val, one scale or six, before or
+# after the CRF, with or without the image-level labels as a filter. So each stage keeps a record,
+# args.json, in its folder, with two entries that are used here:
+#
+#     "options"      what the command line was: the list, the limit, the folders learned from
+#     "provenance"   how the masks were made; written before the first mask, so none is without
+#
+# and every row of the table carries what the record says. A folder that another program filled
+# has no record: its row says no more than what was counted.
+
+# What a score must say beside its number; None where the masks' maker did not record it.
 PROVENANCE = ("scales", "flip", "crf", "label_filter", "iters", "upper_bound")
+# Stage: what happens in it, what it hands on, in which folder.
+STAGES = {
+    "1_cam": ("A classifier learns from class names alone; where it looks is the CAM.",
+              "seeds", "seeds"),
+    "2_weakclip": ("Small parts around the frozen CLIP learn from photos and seeds.",
+                   "masks", "masks"),
+    "3_segment": ("An ordinary network learns from photos and masks.", "prediction", "masks")}
 
 
-def read_args(folder):
-    """args.json of a stage's folder, {} where there is none."""
+def read_args(folder: Path) -> dict:
+    """args.json, the record that a stage keeps of its run; {} where there is none."""
     path = folder / "args.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def went_in(said):
-    """Paths of the seeds or masks that a stage learned from, by its args.json."""
-    return [v for k, v in said.get("options", {}).items() if k in ("seeds", "masks") and v]
+def learned_from(record: dict) -> list[str]:
+    """Folders of the seeds or masks that a stage was trained on, by its record."""
+    options = record.get("options", {})
+    return [options[name] for name in ("seeds", "masks") if options.get(name)]
 
 
-def score_runs(data, folder):
-    """Rows for everything the stages left in runs/<dataset>, and for any other <name>/masks/<split>/ below it."""
-    rows, others = [], {p.parent.relative_to(folder).as_posix() for p in folder.rglob("masks")} - STAGES.keys()
-    for stage in (*STAGES, *sorted(others)):
-        said = read_args(folder / stage)
-        training = said.get("options", {}).get("split")
-        found = [(training, folder / stage / "seeds")] if stage == "1_cam" else \
-            [(p.name, p) for p in sorted((folder / stage / "masks").glob("*"))]
-        if training == "trainaug" and data.has("train"):  # papers report train's 1,464, which trainaug contains
-            found += [("train", p) for split, p in found if split == training]
-        for split, masks in found:
-            if split is None or not masks.is_dir() or not data.has(split):
-                continue
-            row = score_folder(data, masks, split, said.get("options", {}).get("limit"))
+def is_upper_bound(record: dict) -> bool:
+    """True if true masks were trained on, here or in the stage before.
+
+    Masks lie two folders below their stage (2_weakclip/masks/train), and there is its args.json:
+    so the way back from stage 3 to what stage 2 learned from is found without any register.
+    """
+    folders = learned_from(record)
+    for folder in list(folders):
+        folders += learned_from(read_args(Path(folder).parent.parent))
+    return any("SegmentationClass" in folder for folder in folders)
+
+
+def provenance(record: dict, masks: Path) -> dict:
+    """{name: value} for the names in PROVENANCE: what a score of the folder `masks` must say."""
+    facts = {name: record.get("provenance", {}).get(name) for name in PROVENANCE}
+    # Image-level labels are given for training images alone, so val's masks are never filtered.
+    of_training_images = masks.name in (record.get("options", {}).get("split"), "seeds")
+    facts["label_filter"] = bool(facts["label_filter"]) and of_training_images
+    facts["upper_bound"] = is_upper_bound(record)
+    return facts
+
+
+def label_folders(data: Dataset, folder: Path, record: dict) -> list[tuple[str, Path]]:
+    """(list, folder of its label PNGs) for all that one stage has written."""
+    training = record.get("options", {}).get("split")
+    if folder.name == "1_cam":
+        found = [(training, folder / "seeds")]
+    else:
+        found = [(masks.name, masks) for masks in sorted((folder / "masks").glob("*"))]
+    if training == "trainaug" and data.has("train"):
+        # Papers report VOC's own 1,464 training images, which are among trainaug's 10,582.
+        found += [("train", masks) for split, masks in found if split == training]
+    # Masks of a list that the dataset does not have are of another dataset, or of photos alone.
+    return [(split, masks) for split, masks in found
+            if split is not None and masks.is_dir() and data.has(split)]
+
+
+def score_runs(data: Dataset, folder: Path) -> list[dict]:
+    """Rows for all that the stages left in runs/<dataset>, and any <name>/masks/<split>/ there.
+
+    A row is what `score_folder` gives, with "stage" and what `provenance` gives.
+    """
+    # Any method's masks can be put beside ours (runs/VOC2012/other/masks/val/) and are scored
+    # by the same lines of code, which makes the comparison fair.
+    others = {p.parent.relative_to(folder).as_posix() for p in folder.rglob("masks")}
+    rows = []
+    for stage in (*STAGES, *sorted(others - STAGES.keys())):
+        record = read_args(folder / stage)
+        limit = record.get("options", {}).get("limit")
+        for split, masks in label_folders(data, folder / stage, record):
+            row = score_folder(data, masks, split, limit)
             if row:
-                facts = {k: said.get("provenance", {}).get(k) for k in PROVENANCE}
-                facts["label_filter"] = bool(facts["label_filter"]) and masks.name in (training, "seeds")  # never on val
-                paths = went_in(said)
-                paths += [q for p in paths for q in went_in(read_args(Path(p).parent.parent))]  # of the stage that made them
-                facts["upper_bound"] = any("SegmentationClass" in p for p in paths)  # true masks
-                rows.append({"stage": stage, **row, **facts})
+                rows.append({"stage": stage, **row, **provenance(record, masks)})
     return rows
 
 
-def how(r):
+def describe_provenance(row: dict) -> str:
     """Where the numbers of a row come from, in words."""
-    said = [f"{r['iters']} iterations" if r["iters"] else "", f"scales {r['scales']}" if r["scales"] else "",
-            "flip" if r["flip"] else "", "CRF" if r["crf"] else "no CRF" if r["crf"] is False else "",
-            "image-label filter" if r["label_filter"] else "",
-            "trained on true masks: an upper bound" if r["upper_bound"] else "", f"truth {r['truth']}"]
-    return ", ".join(s for s in said if s)
+    crf = {True: "CRF", False: "no CRF", None: ""}[row["crf"]]
+    facts = [
+        f"{row['iters']} iterations" if row["iters"] else "",
+        f"scales {row['scales']}" if row["scales"] else "",
+        "flip" if row["flip"] else "",
+        crf,
+        "image-label filter" if row["label_filter"] else "",
+        "trained on true masks: an upper bound" if row["upper_bound"] else "",
+        f"truth {row['truth']}"]
+    return ", ".join(fact for fact in facts if fact)
 
 
-def print_rows(rows):
+def print_rows(rows: list[dict]):
     """The table, a line a row: no number without where it comes from."""
-    wide = max([12, *(len(r["stage"]) for r in rows)])
+    wide = max([12, *(len(row["stage"]) for row in rows)])
     print(f"{'stage':{wide}} {'split':9} {'images':>12} {'mIoU':>6} {'pixels':>7}  how")
-    for r in rows:
-        print(f"{r['stage']:{wide}} {r['split']:9} {r['n']:5} of {r['of']:4} {r['miou']:6.1f} {r['pixel_accuracy']:6.1f}%  "
-              + how(r))
+    for row in rows:
+        print(f"{row['stage']:{wide}} {row['split']:9} {row['n']:5} of {row['of']:4} "
+              f"{row['miou']:6.1f} {row['pixel_accuracy']:6.1f}%  {describe_provenance(row)}")
 
 
-def write_metrics(data, folder, rows):
+def print_classes(classes: tuple[str, ...], iou: np.ndarray):
+    """A line for every class that occurs, with its IoU in percent."""
+    for name, value in zip(classes, iou):
+        if not np.isnan(value):
+            print(f"  {name:14} {value:5.1f}")
+
+
+def write_metrics(data: Dataset, folder: Path, rows: list[dict]):
     """metrics.json (rows with provenance) and metrics.csv (a line per row and class)."""
-    table = io.StringIO()
-    out = csv.writer(table)
-    out.writerow(["stage", "split", "class", "iou", "false_positives", "false_negatives"])
-    plain = []
-    for r in rows:
-        columns = {k: r[k] for k in ("iou", "false_positives", "false_negatives")}
-        for name, *values in zip(data.classes, *columns.values()):
-            out.writerow([r["stage"], r["split"], name, *("" if np.isnan(v) else f"{v:.2f}" for v in values)])
-        named = {k: {n: None if np.isnan(x) else round(float(x), 3) for n, x in zip(data.classes, v)}
-                 for k, v in columns.items()}
-        plain.append({**r, **named})
-    write_json(folder / "metrics.json", {"rows": plain})
-    write_text(folder / "metrics.csv", table.getvalue())
+    # Two formats: JSON for programs, with every fact; CSV for a spreadsheet, a number a cell.
+    measures = ("iou", "false_positives", "false_negatives")
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["stage", "split", "class", *measures])
+    named_rows = []
+    for row in rows:
+        for name, *values in zip(data.classes, *(row[measure] for measure in measures)):
+            cells = ["" if np.isnan(value) else f"{value:.2f}" for value in values]
+            table.writerow([row["stage"], row["split"], name, *cells])
+        named = {measure: by_class(data.classes, row[measure]) for measure in measures}
+        named_rows.append({**row, **named})
+    write_json(folder / "metrics.json", {"rows": named_rows})
+    write_text(folder / "metrics.csv", text.getvalue())
 
 
-# =============================================================================================================== report
-
-STAGES = {  # stage: what happens in it, what it hands on, in which folder
-    "1_cam": ("A classifier learns from class names alone; where it looks is the CAM.", "seeds", "seeds"),
-    "2_weakclip": ("Small parts around the frozen CLIP learn from photos and seeds.", "masks", "masks"),
-    "3_segment": ("An ordinary network learns from photos and masks.", "prediction", "masks")}
-WRONG = {"right": (150, 150, 150), "false positive or other class": (214, 47, 58), "missed or unsure": (43, 111, 214),
-         "not scored": (225, 225, 225)}
-BARS = ((217, 115, 26), (63, 127, 214), (27, 154, 170), (154, 98, 214), (214, 69, 80), (47, 158, 91))
-STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1b1e24; --soft: #5c6470; --line: #d9dde3; --panel: #eff2f5;
-  --blue: #3f7fd6 }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #15181d; --ink: #e6e9ee; --soft: #9ba4b0; --line: #343a44; --panel: #21262e } }
-* { box-sizing: border-box } figure { margin: 0 } img, svg { display: block; width: 100% }
-img { border: 1px solid var(--line) }
-body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1, h3 { margin: 1rem 0 .3rem } h2 { margin: 2.5rem 0 .5rem } p { margin: .3rem 0 }
-nav a { color: var(--blue); display: inline-block; margin-right: 1rem }
-small, figcaption, .key { color: var(--soft); font-size: .8rem } .scroll, pre { overflow-x: auto; font-size: .9rem }
-.flow { display: flex; gap: 1.6rem; list-style: none; padding: 0 } .flow li { flex: 1; position: relative }
-.flow .stage { flex: 1.3; padding: .6rem .8rem; background: var(--panel); border-radius: .5rem }
-.flow li + li::before { content: "\\2192"; position: absolute; left: -1.6rem; top: 2rem; width: 1.6rem; text-align: center }
-.pictures { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); gap: .4rem; margin-bottom: 1rem }
-table { border-collapse: collapse } th, td { padding: .3rem 1rem 0 0; text-align: left; white-space: nowrap }
-.n { text-align: right } .how { white-space: normal; border-bottom: 1px solid var(--line) }
-.key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .5rem 0 } .chip { display: inline-block; width: .8rem;
-  height: .8rem; margin-right: .4rem; border: 1px solid var(--line) }
-.bars { columns: 16rem; column-gap: 2.5rem } .bars > div { break-inside: avoid; padding-bottom: .6rem }
-.bar { display: grid; grid-template-columns: 1fr 2.2rem; align-items: center; line-height: 1.3 }
-.bar span { background: var(--panel) } .bar i { display: block; height: .6rem }
-.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: .5rem 1.5rem }
-svg { fill: var(--soft); font-size: 11px } path { stroke: var(--line) } polygon { fill: var(--blue) }
-polyline { fill: none; stroke: var(--blue); stroke-width: 1.5 }
-@media (max-width: 48rem) { .flow { flex-direction: column } .flow li:not(.stage) { width: 60%; margin: 0 auto }
-  .flow li + li::before { content: "\\2193"; left: 0; top: -1.6rem; width: 100% }
-  .pictures { grid-template-columns: repeat(min(var(--n), 3), minmax(0, 1fr)) } }
-"""
+def by_class(classes: tuple[str, ...], values: np.ndarray) -> dict:
+    """{class name: value, None for NaN}: JSON has no NaN."""
+    return {name: None if np.isnan(value) else round(float(value), 3)
+            for name, value in zip(classes, values)}
 
 
-def heat(cam, size):
-    """CAM (h, w) in [0, 1] -> (H, W, 3) uint8 picture, blue over green to red."""
-    cam = np.asarray(Image.fromarray(np.asarray(cam, np.float32)).resize(size[::-1], Image.BILINEAR))
-    ramp = np.stack([np.clip(1.5 - np.abs(4 * cam - c), 0, 1) for c in (3, 2, 1)], 2)
-    return (255 * ramp).astype(np.uint8)
+def submit(data: Dataset, folder: Path):
+    """Stage 3's test masks -> the archive that the VOC server takes.
 
-
-def where_wrong(truth, label):
-    """True and predicted classes (H, W) -> place in WRONG (H, W)."""
-    return np.select([truth == IGNORE, label == truth, (label == 0) | (label == IGNORE)], [3, 0, 2], 1)
-
-
-def pictures(data, folder, split, i):
-    """{caption: picture}: an image, what every stage made of it, the truth, where the last stage is wrong; if it is there.
-
-    A picture is (H, W, 3) uint8, or the pair of (H, W) numbers and their palette (n, 3).
+    Indexed PNGs under the path of its competition 6: segmentation, trained on any data.
     """
-    image, last = data.image(i), None
-    shown, K, size = {"image": image}, len(data.classes), image.shape[:2]
-    cam = folder / "1_cam" / "cams" / f"{i}.npz"
-    if cam.is_file():
-        with np.load(cam) as f:
-            if len(f["keys"]):
-                shown[f"CAM of {data.classes[f['keys'][0]]}"] = image // 2 + heat(f["cam"][0], size) // 2
-    for stage, (_, name, masks) in STAGES.items():
-        path = folder / stage / masks / ("" if masks == "seeds" else split) / f"{i}.png"
-        if path.is_file():
-            last, label = name, read_label(path, K, size)
-            shown[name] = label, colour_map()
-    if data.truth_path(i):
-        truth = read_label(data.truth_path(i), K, size)
-        shown["truth"] = truth, colour_map()
-        if last:
-            shown[f"{last}: where wrong"] = where_wrong(truth, label), np.array(list(WRONG.values()), np.uint8)
-    return shown
-
-
-def inline(picture, alt):
-    """<img> that holds its picture, made small: a photo as JPEG, class numbers as PNG."""
-    photo, f = not isinstance(picture, tuple), io.BytesIO()
-    im = Image.fromarray(picture if photo else picture[1][picture[0]])
-    im.thumbnail((256, 256), Image.BICUBIC if photo else Image.NEAREST)
-    im.save(f, "JPEG" if photo else "PNG", quality=85)
-    source = f"data:image/{'jpeg' if photo else 'png'};base64,{base64.b64encode(f.getvalue()).decode()}"
-    return f'<img alt="{escape(alt)}" src="{source}">'
-
-
-def chip(name, colour):
-    """A coloured square and a name -> HTML."""
-    return f'<span><i class="chip" style="background: rgb{tuple(map(int, colour))}"></i>{escape(name)}</span>'
-
-
-def key(colours):
-    """Legend: {name: (R, G, B)} -> HTML."""
-    return f'<div class="key">{"".join(chip(*c) for c in colours.items())}</div>'
-
-
-def gallery(data, folder, splits, n):
-    """n images of every list, spread over it, with all that became of them -> HTML, {caption: (first <img> of it, id)}."""
-    html, first, seen = "", {}, set()
-    for split in splits:
-        ids = [i for i in data.ids(split) if (folder / "1_cam" / "seeds" / f"{i}.png").is_file()
-               or any((folder / s / "masks" / split / f"{i}.png").is_file() for s in STAGES)]
-        html += f"<h3>{escape(split)}</h3>" if ids else ""
-        for i in dict.fromkeys(ids[k * len(ids) // n] for k in range(n) if ids):
-            row = pictures(data, folder, split, i)
-            images = {c: inline(p, f"{c}, {i}") for c, p in row.items()}
-            first = {**{c: (im, i) for c, im in images.items()}, **first}
-            seen.update(k for p in row.values() if isinstance(p, tuple) and len(p[1]) == 256 for k in np.unique(p[0]))
-            figures = "".join(f"<figure>{im}<figcaption>{escape(c)}</figcaption></figure>" for c, im in images.items())
-            html += f'<small>{escape(i)}</small><div class="pictures" style="--n: {len(row)}">{figures}</div>'
-    names = {**dict(enumerate(data.classes)), IGNORE: "unsure, or not scored"}
-    html += key({names[k]: colour_map()[k] for k in sorted(seen)})
-    return html + (f"<small>where wrong:</small>{key(WRONG)}" if any("where wrong" in c for c in first) else ""), first
-
-
-def flow(stages, first):
-    """The stages as boxes, and between them what one hands to the next, with a picture of it."""
-    def handed(name, files):
-        image, i = first.get(name, ("", None))
-        other = ", another photo" if image and i != first["image"][1] else ""  # stage 3 predicts no training images
-        return f"<li>{image}<b>{name}</b><br><small>{files}{other}</small></li>"
-    html = handed("image", "JPEGImages, class names")
-    for s, said in stages.items():
-        text, name, masks = STAGES[s]
-        iters = said.get("provenance", {}).get("iters")
-        html += f'<li class="stage"><b>{s}</b><p>{text}</p><small>{f"{iters:,} iterations" if iters else ""}</small></li>'
-        html += handed(name, f"{s}/{masks}")
-    return f'<ol class="flow">{html}</ol>'
-
-
-def table(rows):
-    """What print_rows prints, as HTML."""
-    html = '<tr><th>stage<th>split<th class="n">images<th class="n">mIoU<th class="n">pixels'
-    for r in rows:
-        numbers = f"{r['n']} of {r['of']}", f"{r['miou']:.1f}", f"{r['pixel_accuracy']:.1f}%"
-        html += f"<tr><td>{r['stage']}<td>{escape(r['split'])}" + "".join(f'<td class="n">{v}' for v in numbers)
-        html += f'<tr><td class="how" colspan="5"><small>{escape(how(r))}</small>'
-    return f'<div class="scroll"><table>{html}</table></div>'
-
-
-def bars(classes, rows):
-    """A block for every class that occurs, in it a bar of its IoU for every row of the table."""
-    colours = [BARS[k % len(BARS)] for k in range(len(rows))]
-    html = key({f"{r['stage']} {r['split']}": c for r, c in zip(rows, colours)}) + '<div class="bars">'
-    for name, colour, iou in zip(classes, colour_map(), np.array([r["iou"] for r in rows]).T):
-        lines = "".join(f'<div class="bar"><span><i style="width: {np.nan_to_num(v):.1f}%; background: rgb{c}"></i></span>'
-                        f'<small class="n">{"-" if np.isnan(v) else f"{v:.1f}"}</small></div>' for v, c in zip(iou, colours))
-        html += "" if np.isnan(iou).all() else f"<div>{chip(name, colour)}{lines}</div>"
-    return f"<p>IoU in percent, a bar for each row of the scores, in their order; - where there is none.</p>{html}</div>"
-
-
-def curve(name, log):
-    """A loss, (n, 2) of step and value -> SVG: the mean of up to 150 stretches as a line, their range as a band."""
-    (start, low), (end, high) = log.min(0), log.max(0)
-
-    def points(steps, values):
-        x, y = 60 + 252 * (steps - start) / ((end - start) or 1), 116 - 106 * (values - low) / ((high - low) or 1)
-        return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-    x, y, under, over = np.array([(*s.mean(0), s[:, 1].min(), s[:, 1].max())
-                                  for s in np.array_split(log, min(len(log), 150))]).T
-    grid = "".join(f'<path d="M60 {y}h252"/><text x="54" y="{y + 4}" text-anchor="end">{v:.3g}</text>'
-                   for y, v in ((10, high), (63, (low + high) / 2), (116, low)))
-    return (f'<figure><b>{escape(name)}</b> <small>last {log[-1, 1]:.4g}</small><svg viewBox="0 0 320 136">{grid}'
-            f'<text x="60" y="132">{start:.0f}</text><text x="312" y="132" text-anchor="end">iteration {end:.0f}</text>'
-            f'<polygon points="{points(np.r_[x, x[::-1]], np.r_[under, over[::-1]])}" opacity=".3"/>'
-            f'<polyline points="{points(x, y)}"/></svg></figure>')
-
-
-def curves(path):
-    """log.jsonl -> a curve for every loss by its name; a line that was cut off is left out."""
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
-    values = {}
-    for name, step, v in ((n, line["step"], v) for line in lines for n, v in line.items() if n.startswith("loss")):
-        values.setdefault(name, []).append((step, v))
-    if len(values) == 2:
-        values.pop("loss", None)  # the sum of one
-    return "".join(curve(name, np.array(v)) for name, v in values.items())
-
-
-def write_report(data, folder, rows, n=6):
-    """report.html: stages, scores, n pictures a list, classes, losses and options, on one page that needs no network."""
-    stages = {s: said for s in STAGES if (said := read_args(folder / s))}
-    if not stages:
-        return
-    splits = [said["options"]["split"] for said in stages.values()]
-    splits += [p.name for s in stages for p in sorted((folder / s / "masks").glob("*"))]
-    shown, first = gallery(data, folder, [s for s in dict.fromkeys(splits) if data.has(s)], n)
-    losses = {s: curves(folder / s / "log.jsonl") for s in stages}
-    title, sections = escape(f"WeakCLIP on {data.name}"), {
-        "Stages": flow(stages, first), "Scores": table(rows) if rows else "", "Pictures": shown,
-        "Classes": bars(data.classes, rows) if rows else "",
-        "Losses": "".join(f'<h3>{s}</h3><div class="curves">{c}</div>' for s, c in losses.items() if c),
-        "Options": "".join(f"<details><summary>{s}</summary><pre>{escape(json.dumps(said, indent=1))}</pre></details>"
-                           for s, said in stages.items())}
-    links = "".join(f'<a href="#{name}">{name}</a>' for name, body in sections.items() if body)
-    body = "".join(f'<section id="{name}"><h2>{name}</h2>{body}</section>' for name, body in sections.items() if body)
-    write_text(folder / "report.html", f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1><nav>{links}</nav>{body}</body></html>
-""")
-
-
-# ========================================================================================================= command line
-
-def check_dataset(data):
-    """Everything about the dataset that can be known before a run, list by list. Raises ValueError at the first fault."""
-    print(f"{data.root}: {len(data.classes)} classes with background")
-    for path in sorted(data.list_path("").parent.glob("*.txt")):
-        ids = data.ids(path.stem)
-        check_inputs(data, ids)
-        truths = [(i, data.truth_path(i)) for i in ids if data.truth_path(i)]
-        for_each(lambda t: read_label(t[1], len(data.classes), data.image(t[0]).shape[:2]), truths, "true masks")
-        line = f"{path.stem:9} {len(ids):6} images, {len(truths)} true masks"
-        if path.stem.startswith("train"):
-            labels = data.image_labels(ids)
-            line += f", {np.mean([len(v) for v in labels.values()]):.2f} classes an image"
-        print(line)
-
-
-def submit(data, folder):
-    """Stage 3's test masks -> the archive that the VOC server takes (indexed PNGs under comp6's path)."""
     masks, ids = folder / "3_segment" / "masks" / "test", data.ids("test")
     check_inputs(data, ids, masks)
 
+    # The server wants every image of the list, and says so only after the upload; check_inputs
+    # has said it already.
     def pack(f):
         with tarfile.open(fileobj=f, mode="w:gz") as tar:
-            for i in ids:
-                tar.add(masks / f"{i}.png", f"results/VOC2012/Segmentation/comp6_test_cls/{i}.png")
+            for image_id in ids:
+                inside = f"results/VOC2012/Segmentation/comp6_test_cls/{image_id}.png"
+                tar.add(masks / f"{image_id}.png", inside)
     write_whole(folder / "submission.tar.gz", pack)
     print(f"{folder / 'submission.tar.gz'}: {len(ids)} masks")
+
+
+# ================================================================================================
+# III  The report page
+# ================================================================================================
+
+# The page is put together from strings, a function for each piece of HTML, and a piece that has
+# nothing to show is "". Whatever comes from outside (class names, ids, options) goes through
+# `escape`, since a class may well be called "<light>".
+
+# What a pixel of the last picture of a row can be, and in which colour it is shown.
+WRONG = {"right": (150, 150, 150), "false positive or other class": (214, 47, 58),
+         "missed or unsure": (43, 111, 214), "not scored": (225, 225, 225)}
+BARS = ((217, 115, 26), (63, 127, 214), (27, 154, 170), (154, 98, 214), (214, 69, 80),
+        (47, 158, 91))
+STYLE = """
+:root { color-scheme: light dark; --page: #fff; --ink: #1b1e24; --soft: #5c6470; --line: #d9dde3;
+  --panel: #eff2f5; --blue: #3f7fd6 }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #15181d; --ink: #e6e9ee; --soft: #9ba4b0; --line: #343a44; --panel: #21262e } }
+* { box-sizing: border-box }
+figure { margin: 0 }
+img, svg { display: block; width: 100% }
+img { border: 1px solid var(--line) }
+body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1, h3 { margin: 1rem 0 .3rem }
+h2 { margin: 2.5rem 0 .5rem }
+p { margin: .3rem 0 }
+nav a { color: var(--blue); display: inline-block; margin-right: 1rem }
+small, figcaption, .key { color: var(--soft); font-size: .8rem }
+.scroll, pre { overflow-x: auto; font-size: .9rem }
+.flow { display: flex; gap: 1.6rem; list-style: none; padding: 0 }
+.flow li { flex: 1; position: relative }
+.flow .stage { flex: 1.3; padding: .6rem .8rem; background: var(--panel); border-radius: .5rem }
+.flow li + li::before { content: "\\2192"; position: absolute; left: -1.6rem; top: 2rem;
+  width: 1.6rem; text-align: center }
+.pictures { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); gap: .4rem;
+  margin-bottom: 1rem }
+table { border-collapse: collapse }
+th, td { padding: .3rem 1rem 0 0; text-align: left; white-space: nowrap }
+.n { text-align: right }
+.how { white-space: normal; border-bottom: 1px solid var(--line) }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .5rem 0 }
+.chip { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem;
+  border: 1px solid var(--line) }
+.bars { columns: 16rem; column-gap: 2.5rem }
+.bars > div { break-inside: avoid; padding-bottom: .6rem }
+.bar { display: grid; grid-template-columns: 1fr 2.2rem; align-items: center; line-height: 1.3 }
+.bar span { background: var(--panel) }
+.bar i { display: block; height: .6rem }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr));
+  gap: .5rem 1.5rem }
+svg { fill: var(--soft); font-size: 11px }
+path { stroke: var(--line) }
+polygon { fill: var(--blue) }
+polyline { fill: none; stroke: var(--blue); stroke-width: 1.5 }
+@media (max-width: 48rem) {
+  .flow { flex-direction: column }
+  .flow li:not(.stage) { width: 60%; margin: 0 auto }
+  .flow li + li::before { content: "\\2193"; left: 0; top: -1.6rem; width: 100% }
+  .pictures { grid-template-columns: repeat(min(var(--n), 3), minmax(0, 1fr)) } }
+"""
+# The page is one file that needs no network: pictures and style stand in it.
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head>
+<body><h1>{title}</h1><nav>{links}</nav>{sections}</body></html>
+"""
+CURVE = """<figure><b>{name}</b> <small>last {last:.4g}</small><svg viewBox="0 0 320 136">{grid}
+<text x="60" y="132">{start:.0f}</text>
+<text x="312" y="132" text-anchor="end">iteration {end:.0f}</text>
+<polygon points="{band}" opacity=".3"/><polyline points="{line}"/></svg></figure>
+"""
+
+
+def heat(cam: np.ndarray, size: tuple) -> np.ndarray:
+    """CAM (h, w) in [0, 1] -> (H, W, 3) uint8 picture, blue over green to red; size: (H, W)."""
+    cam = Image.fromarray(np.asarray(cam, np.float32)).resize(size[::-1], Image.BILINEAR)
+    # Red, green and blue are tents over 0..1 that peak at 3/4, 2/4 and 1/4.
+    ramp = [np.clip(1.5 - np.abs(4 * np.asarray(cam) - peak), 0, 1) for peak in (3, 2, 1)]
+    return (255 * np.stack(ramp, 2)).astype(np.uint8)
+
+
+def where_wrong(truth: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """True and predicted classes, both (H, W) -> place in WRONG, (H, W)."""
+    conditions = [truth == IGNORE, label == truth, (label == 0) | (label == IGNORE)]
+    return np.select(conditions, [3, 0, 2], default=1)
+
+
+def label_file(folder: Path, stage: str, split: str, image_id: str) -> Path:
+    """Where a stage writes the label PNG of an image."""
+    masks = STAGES[stage][2]
+    place = folder / stage / masks if masks == "seeds" else folder / stage / masks / split
+    return place / f"{image_id}.png"
+
+
+def cam_picture(data: Dataset, folder: Path, image_id: str, image: np.ndarray) -> dict:
+    """{caption: (H, W, 3) uint8}: the CAM of an image's first class over the photo, if kept."""
+    path = folder / "1_cam" / "cams" / f"{image_id}.npz"
+    if not path.is_file():
+        return {}
+    with np.load(path) as cams:
+        if len(cams["keys"]) == 0:
+            return {}
+        name = data.classes[cams["keys"][0]]
+        return {f"CAM of {name}": image // 2 + heat(cams["cam"][0], image.shape[:2]) // 2}
+
+
+def pictures(data: Dataset, folder: Path, split: str, image_id: str) -> dict:
+    """{caption: picture} of a photo, what every stage made of it, the truth, where it is wrong.
+
+    What does not exist is left out. A picture is (H, W, 3) uint8, or a pair: numbers (H, W) and
+    the palette (n, 3) that colours them.
+    """
+    image = data.image(image_id)                                         # (H, W, 3)
+    # In the order of the chain, so that a row reads from left to right as the method works.
+    K, size = len(data.classes), image.shape[:2]
+    shown = {"image": image, **cam_picture(data, folder, image_id, image)}
+    last, label = None, None
+    for stage, (_, name, _) in STAGES.items():
+        path = label_file(folder, stage, split, image_id)
+        if path.is_file():
+            last, label = name, read_label(path, K, size)
+            shown[name] = label, colour_map()
+    if data.truth_path(image_id):
+        truth = read_label(data.truth_path(image_id), K, size)
+        shown["truth"] = truth, colour_map()
+        if last:
+            palette = np.array(list(WRONG.values()), np.uint8)
+            shown[f"{last}: where wrong"] = where_wrong(truth, label), palette
+    return shown
+
+
+def image_tag(picture, alt: str) -> str:
+    """<img> that holds its picture, made small: a photo as JPEG, class numbers as PNG."""
+    if isinstance(picture, tuple):
+        numbers, palette = picture
+        # Between two class numbers there is no number: neither shrinking nor coding may mix them.
+        small, kind, resample = Image.fromarray(palette[numbers]), "png", Image.NEAREST
+    else:
+        small, kind, resample = Image.fromarray(picture), "jpeg", Image.BICUBIC
+    small.thumbnail((256, 256), resample)
+    coded = io.BytesIO()
+    small.save(coded, kind.upper(), quality=85)
+    text = base64.b64encode(coded.getvalue()).decode()
+    return f'<img alt="{escape(alt)}" src="data:image/{kind};base64,{text}">'
+
+
+def chip(name: str, colour) -> str:
+    """A coloured square and a name -> HTML."""
+    rgb = tuple(map(int, colour))
+    return f'<span><i class="chip" style="background: rgb{rgb}"></i>{escape(name)}</span>'
+
+
+def legend(colours: dict) -> str:
+    """{name: (R, G, B)} -> HTML."""
+    chips = "".join(chip(name, colour) for name, colour in colours.items())
+    return f'<div class="key">{chips}</div>'
+
+
+def has_output(folder: Path, split: str, image_id: str) -> bool:
+    """True if any stage has written a label PNG of this image."""
+    return any(label_file(folder, stage, split, image_id).is_file() for stage in STAGES)
+
+
+def spread(items: list, n: int) -> list:
+    """Up to n items, evenly spread over the list."""
+    places = {k * len(items) // n: None for k in range(n)}  # a dict: in order, each once
+    return [items[place] for place in places] if items else []
+
+
+class Gallery:
+    """Rows of pictures, and what other sections of the page need of them.
+
+    first: {caption: (<img> of the first picture with this caption, image id)}; numbers: the class
+    numbers that occur in any of the pictures.
+    """
+
+    def __init__(self):
+        self.html, self.first, self.numbers = "", {}, set()
+
+    def add_row(self, image_id: str, row: dict):
+        """What `pictures` gives for an image, as one row."""
+        figures = ""
+        for caption, picture in row.items():
+            image = image_tag(picture, f"{caption}, {image_id}")
+            self.first.setdefault(caption, (image, image_id))
+            figures += f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+            if isinstance(picture, tuple) and "where wrong" not in caption:
+                self.numbers.update(np.unique(picture[0]))
+        self.html += (f"<small>{escape(image_id)}</small>"
+                      f'<div class="pictures" style="--n: {len(row)}">{figures}</div>')
+
+    def add_legends(self, classes: tuple[str, ...]):
+        """What the colours mean that occur."""
+        names = {**dict(enumerate(classes)), IGNORE: "unsure, or not scored"}
+        self.html += legend({names[k]: colour_map()[k] for k in sorted(self.numbers)})
+        if any("where wrong" in caption for caption in self.first):
+            self.html += f"<small>where wrong:</small>{legend(WRONG)}"
+
+
+def make_gallery(data: Dataset, folder: Path, splits: list[str], n: int) -> Gallery:
+    """n images of every list, spread over it, with all that became of them."""
+    gallery = Gallery()
+    for split in splits:
+        ids = [i for i in data.ids(split) if has_output(folder, split, i)]
+        if ids:
+            gallery.html += f"<h3>{escape(split)}</h3>"
+        for image_id in spread(ids, n):
+            gallery.add_row(image_id, pictures(data, folder, split, image_id))
+    gallery.add_legends(data.classes)
+    return gallery
+
+
+def handed_on(first: dict, name: str, files: str) -> str:
+    """A list item: what one stage hands to the next, with a picture of it."""
+    image, image_id = first.get(name, ("", None))
+    # Stage 3 predicts no training images, so its picture is of another photo than the others.
+    other = ", another photo" if image and image_id != first["image"][1] else ""
+    return f"<li>{image}<b>{name}</b><br><small>{files}{other}</small></li>"
+
+
+def stage_box(stage: str, record: dict) -> str:
+    """A list item: a stage, what happens in it, how long it learned."""
+    iters = record.get("provenance", {}).get("iters")
+    length = f"{iters:,} iterations" if iters else ""
+    return (f'<li class="stage"><b>{stage}</b><p>{STAGES[stage][0]}</p>'
+            f"<small>{length}</small></li>")
+
+
+def flow(records: dict, first: dict) -> str:
+    """The stages as boxes, and between them what one hands to the next -> HTML."""
+    # A stage that has not run leaves no record, so it has no box: the page shows what there is.
+    items = handed_on(first, "image", "JPEGImages, class names")
+    for stage, record in records.items():
+        _, name, masks = STAGES[stage]
+        items += stage_box(stage, record) + handed_on(first, name, f"{stage}/{masks}")
+    return f'<ol class="flow">{items}</ol>'
+
+
+def score_table(rows: list[dict]) -> str:
+    """What print_rows prints -> HTML."""
+    lines = '<tr><th>stage<th>split<th class="n">images<th class="n">mIoU<th class="n">pixels'
+    for row in rows:
+        lines += f"<tr><td>{escape(row['stage'])}<td>{escape(row['split'])}"
+        lines += f'<td class="n">{row["n"]} of {row["of"]}'
+        lines += f'<td class="n">{row["miou"]:.1f}<td class="n">{row["pixel_accuracy"]:.1f}%'
+        how = escape(describe_provenance(row))
+        lines += f'<tr><td class="how" colspan="5"><small>{how}</small>'
+    return f'<div class="scroll"><table>{lines}</table></div>'
+
+
+def bar(value: float, colour: tuple) -> str:
+    """An IoU in percent (NaN: none) as a bar -> HTML."""
+    number = "-" if np.isnan(value) else f"{value:.1f}"
+    width = np.nan_to_num(value)
+    return (f'<div class="bar"><span><i style="width: {width:.1f}%; background: rgb{colour}"></i>'
+            f'</span><small class="n">{number}</small></div>')
+
+
+def class_bars(classes: tuple[str, ...], rows: list[dict]) -> str:
+    """A block for every class that occurs, in it a bar of its IoU for every row -> HTML."""
+    colours = [BARS[k % len(BARS)] for k in range(len(rows))]
+    blocks = ""
+    # A class that no row has (NaN in all) gets no block; one that a row lacks gets a "-".
+    for k, (name, class_colour) in enumerate(zip(classes, colour_map())):
+        values = [row["iou"][k] for row in rows]
+        if not np.isnan(values).all():
+            bars = "".join(bar(value, colour) for value, colour in zip(values, colours))
+            blocks += f"<div>{chip(name, class_colour)}{bars}</div>"
+    names = [f"{row['stage']} {row['split']}" for row in rows]
+    return ("<p>IoU in percent, a bar for each row of the scores, in their order; "
+            f"- where there is none.</p>{legend(dict(zip(names, colours)))}"
+            f'<div class="bars">{blocks}</div>')
+
+
+def curve(name: str, log: np.ndarray) -> str:
+    """A loss, (n, 2) of step and value -> SVG.
+
+    The mean of up to 150 stretches is the line, their range the band: a mean alone would hide
+    how far single batches lie from it.
+    """
+    (start, low), (end, high) = log.min(0), log.max(0)
+    width, height = (end - start) or 1, (high - low) or 1  # a curve may be one point, or level
+
+    def points(steps, values):
+        """Steps and values -> "x,y x,y ..." in a frame of 252 x 106 pixels."""
+        x = 60 + 252 * (steps - start) / width
+        y = 116 - 106 * (values - low) / height
+        return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
+
+    stretches = np.array_split(log, min(len(log), 150))
+    steps, mean = np.array([stretch.mean(0) for stretch in stretches]).T
+    under = np.array([stretch[:, 1].min() for stretch in stretches])
+    over = np.array([stretch[:, 1].max() for stretch in stretches])
+    band = points(np.r_[steps, steps[::-1]], np.r_[under, over[::-1]])
+    grid = ""
+    for y, value in ((10, high), (63, (low + high) / 2), (116, low)):
+        grid += f'<path d="M60 {y}h252"/>'
+        grid += f'<text x="54" y="{y + 4}" text-anchor="end">{value:.3g}</text>'
+    return CURVE.format(name=escape(name), last=log[-1, 1], grid=grid, start=start, end=end,
+                        band=band, line=points(steps, mean))
+
+
+def curves(path: Path) -> str:
+    """log.jsonl -> a curve for every loss by its name; "" where there is no log."""
+    if not path.is_file():
+        return ""
+    values = {}
+    for text in path.read_text().splitlines():
+        # A run that was cut off while it wrote may have left half a line at the end.
+        if text.endswith("}"):
+            line = json.loads(text)
+            for name in line:
+                if name.startswith("loss"):
+                    values.setdefault(name, []).append((line["step"], line[name]))
+    if len(values) == 2:
+        values.pop("loss", None)  # "loss" is the sum, here of one
+    return "".join(curve(name, np.array(log)) for name, log in values.items())
+
+
+def curve_blocks(folder: Path, stages) -> str:
+    """The losses of all stages that left a log -> HTML."""
+    blocks = ""
+    for stage in stages:
+        found = curves(folder / stage / "log.jsonl")
+        if found:
+            blocks += f'<h3>{stage}</h3><div class="curves">{found}</div>'
+    return blocks
+
+
+def option_blocks(records: dict) -> str:
+    """The record of every stage, folded -> HTML."""
+    blocks = ""
+    for stage, record in records.items():
+        text = escape(json.dumps(record, indent=1))
+        blocks += f"<details><summary>{stage}</summary><pre>{text}</pre></details>"
+    return blocks
+
+
+def shown_splits(data: Dataset, folder: Path, records: dict) -> list[str]:
+    """The lists whose images have outputs: training lists first, each once."""
+    splits = [record["options"]["split"] for record in records.values()]
+    for stage in records:
+        splits += [masks.name for masks in sorted((folder / stage / "masks").glob("*"))]
+    return [split for split in dict.fromkeys(splits) if data.has(split)]
+
+
+def write_report(data: Dataset, folder: Path, rows: list[dict], n: int = 6):
+    """report.html: stages, scores, n pictures a list, classes, losses and options on one page."""
+    found = {stage: read_args(folder / stage) for stage in STAGES}
+    records = {stage: record for stage, record in found.items() if record}
+    if not records:
+        return
+    # The gallery is made first, although it is shown third: the figure of the stages above it
+    # borrows its pictures, and a picture is coded only once.
+    gallery = make_gallery(data, folder, shown_splits(data, folder, records), n)
+    sections = {
+        "Stages": flow(records, gallery.first),
+        "Scores": score_table(rows) if rows else "",
+        "Pictures": gallery.html,
+        "Classes": class_bars(data.classes, rows) if rows else "",
+        "Losses": curve_blocks(folder, records),
+        "Options": option_blocks(records)}
+    links, body = "", ""
+    for name, content in sections.items():
+        if content:
+            links += f'<a href="#{name}">{name}</a>'
+            body += f'<section id="{name}"><h2>{name}</h2>{content}</section>'
+    title = escape(f"WeakCLIP on {data.name}")
+    page = PAGE.format(title=title, style=STYLE, links=links, sections=body)
+    write_text(folder / "report.html", page)
+
+
+# ================================================================================================
+# IV  Command line
+# ================================================================================================
+
+def check_dataset(data: Dataset):
+    """Print what is in a dataset, list by list. Raises ValueError at the first fault."""
+    print(f"{data.root}: {len(data.classes)} classes with background")
+    for path in sorted(data.list_path("").parent.glob("*.txt")):
+        split, ids = path.stem, data.ids(path.stem)
+        check_inputs(data, ids)
+        with_truth = [i for i in ids if data.truth_path(i)]
+
+        def check_truth(image_id):
+            size = data.image(image_id).shape[:2]
+            read_label(data.truth_path(image_id), len(data.classes), size)
+        for_each(check_truth, with_truth, "true masks")
+        line = f"{split:9} {len(ids):6} images, {len(with_truth)} true masks"
+        # Only training images need labels: val is what the method has never been told about.
+        if split.startswith("train"):
+            labels = data.image_labels(ids)
+            mean = np.mean([len(numbers) for numbers in labels.values()])
+            line += f", {mean:.2f} classes an image"
+        print(line)
+
+
+def score_masks(data: Dataset, folder: Path, split: str):
+    """Print the scores of any folder of label PNGs. Raises ValueError where none can be scored."""
+    row = score_folder(data, folder, split)
+    if row is None:
+        raise ValueError(f"{folder}: no PNG of {data.list_path(split)} that also has a true mask")
+    print_rows([{"stage": folder.name, **row, **dict.fromkeys(PROVENANCE)}])
+    print_classes(data.classes, row["iou"])
+
+
+def score_all(data: Dataset, folder: Path):
+    """Score, print and report all that is found in runs/<dataset>."""
+    rows = score_runs(data, folder)
+    write_report(data, folder, rows)  # before any refusal: its pictures need no truth
+    if not rows:
+        raise ValueError(f"{folder}: no masks with a truth to score; "
+                         f"python stage1_cam.py --data {data.root} makes seeds, "
+                         f"{data.root}/SegmentationClass holds true masks")
+    print_rows(rows)
+    write_metrics(data, folder, rows)
+    written = [str(folder / name) for name in ("metrics.json", "metrics.csv", "report.html")]
+    print(f"written: {', '.join(written)}")
 
 
 def parse_args(argv=None):
     """The options; see --help."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--data", required=True, metavar="NAME|DIR", help="dataset folder in VOC's layout (README, Data)")
-    p.add_argument("--runs", type=Path, default=Path("runs"), help="where the stages write [%(default)s]")
-    p.add_argument("--masks", type=Path, help="score this folder of label PNGs instead of runs/<dataset>")
-    p.add_argument("--split", help="list to score --masks on [val]")
+    p.add_argument("--data", required=True, metavar="NAME|DIR",
+                   help="dataset folder in VOC's layout (README, Data)")
+    p.add_argument("--runs", type=Path, default=Path("runs"),
+                   help="where the stages write [%(default)s]")
+    p.add_argument("--masks", type=Path,
+                   help="score this folder of label PNGs instead of runs/<dataset>")
+    p.add_argument("--split", default="val", help="list to score --masks on [%(default)s]")
     p.add_argument("--check", action="store_true", help="check the dataset and stop")
-    p.add_argument("--submit", action="store_true", help="pack stage 3's masks of test for the VOC server and stop")
+    p.add_argument("--submit", action="store_true",
+                   help="pack stage 3's masks of test for the VOC server and stop")
     return p.parse_args(argv)
 
 
@@ -657,26 +1114,13 @@ def main():
     data = find_dataset(args.data)
     folder = args.runs / data.name
     if args.check:
-        return check_dataset(data)
-    if args.submit:
-        return submit(data, folder)
-    if args.masks:
-        split = args.split or "val"
-        row = score_folder(data, args.masks, split)
-        if row is None:
-            raise ValueError(f"{args.masks}: no PNG of {data.list_path(split)} that also has a true mask")
-        print_rows([{"stage": args.masks.name, **row, **dict.fromkeys(PROVENANCE)}])
-        for name, v in zip(data.classes, row["iou"]):
-            print("" if np.isnan(v) else f"  {name:14} {v:5.1f}\n", end="")
-        return
-    rows = score_runs(data, folder)
-    write_report(data, folder, rows)  # first: its pictures need no truth
-    if not rows:
-        raise ValueError(f"{folder}: no masks with a truth to score; python stage1_cam.py --data {args.data} makes seeds, "
-                         f"{data.root}/SegmentationClass holds true masks")
-    print_rows(rows)
-    write_metrics(data, folder, rows)
-    print(f"written: {folder / 'metrics.json'}, {folder / 'metrics.csv'}, {folder / 'report.html'}")
+        check_dataset(data)
+    elif args.submit:
+        submit(data, folder)
+    elif args.masks:
+        score_masks(data, args.masks, args.split)
+    else:
+        score_all(data, folder)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from conftest import draw_dataset, read_json, script
-from eval import (IGNORE, find_dataset, how, read_label, where_wrong, write_json, write_label, write_report, write_text,
-                  write_whole)
+from eval import (IGNORE, describe_provenance, find_dataset, read_label, where_wrong, write_json,
+                  write_label, write_report, write_text, write_whole)
 
 LOSSES = {"1_cam": ["loss_multilabel"], "2_weakclip": ["loss_seeding", "loss_boundary", "loss_score"],
           "3_segment": ["loss_cross_entropy"]}
@@ -93,7 +93,7 @@ def test_every_stage_row_class_and_loss_is_on_the_page(runs):
     assert len(rows) == 4
     for r in rows:
         line = f"{r['stage']}{r['split']}{r['n']} of {r['of']}{r['miou']:.1f}{r['pixel_accuracy']:.1f}%"
-        assert line + how(r) in page.text and "4000 iterations" in how(r)
+        assert line + describe_provenance(r) in page.text and "4000 iterations" in describe_provenance(r)
         assert all(f"{v:.1f}" in page.text for v in r["iou"].values() if v is not None)
     for name in (*sum(LOSSES.values(), []), *data.classes, *LOSSES, "cpu <test>", "CAM of cat", "iteration 3990"):
         assert name in page.text, name
