@@ -1,13 +1,21 @@
 """Stage 1: image-level labels -> class activation maps (CAM) -> seeds.
 
 run     python stage1_cam.py --data VOC2012
-        torchrun --nproc_per_node 2 stage1_cam.py --data VOC2012     # any of the three stages, on two GPUs
-reads   VOC2012/JPEGImages/<id>.jpg, VOC2012/Annotations/<id>.xml or VOC2012/image_labels.txt
-writes  runs/VOC2012/1_cam/{args.json, log.jsonl, checkpoint.pt, cams/<id>.npz, seeds/<id>.png, preview.png}
+        torchrun --nproc_per_node 2 stage1_cam.py --data VOC2012    # any of the stages, on two GPUs
+reads   VOC2012/JPEGImages/<id>.jpg, VOC2012/image_labels.txt or else VOC2012/Annotations/<id>.xml
+writes  runs/VOC2012/1_cam/: cams/<id>.npz, seeds/<id>.png, checkpoint.pt, log.jsonl, args.json, preview.png
+cost    on VOC not measured
 
-A classifier is trained on image labels alone. Its last layer, applied at every place instead of to the mean, tells where
-it saw a class (Zhou et al., CVPR 2016); thresholded, that is the seed. Recipe: the CAM of IRN (Ahn et al., CVPR 2019).
-The machinery that all stages share stands here, where it is first needed: run folder, training loop, dense CRF.
+A classifier learns from nothing but "this photo shows a dog and a person". Its last layer, applied
+at every place instead of to the mean over places, tells where it saw the dog: that is the CAM (Zhou
+et al., CVPR 2016). Thresholded it is the seed, which stage 2 turns into a mask. The recipe is IRN's
+(Ahn et al., CVPR 2019).
+
+Part I goes from labels to seeds and is this stage. Part II, the dense CRF, and part III, the engine
+room (device, run folder, training loop, preview, options), serve the stages after it as well: that a
+run resumes exactly, where a mask comes from, and what the lattice computes are explained and proven
+once. The one mask writer is stage 2's. `clip` reads weight files safely and digests them; `eval`
+knows the dataset folder and label PNGs, and writes files that appear whole or not at all.
 """
 import argparse
 import contextlib
@@ -30,331 +38,204 @@ from torch import nn
 from tqdm import tqdm
 
 import clip
-from eval import (check_inputs, colour_map, find_dataset, heat, read_args, read_label, run, write_json, write_label,
-                  write_text, write_whole)
+from eval import (check_inputs, colour_map, find_dataset, heat, read_args, read_label, run,
+                  write_json, write_label, write_text, write_whole)
 
-IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of grey levels 0..255, R G B
-SAVE_EVERY, LOG_EVERY = 500, 10  # iterations
+IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of grey levels 0..255, R G B
+IMAGENET_STD = (58.395, 57.12, 57.375)
+CAM_SCALES = (1, 0.5, 1.5, 2)  # sizes at which a photo is looked at, relative to its own
 
 
-# ============================================================================================================== machine
+# ================================================================== I. image labels -> CAM -> seeds
 
-class Machine:
-    """Where the run happens: device, precision, and this process's place among those that torchrun started."""
+class Classifier(nn.Module):
+    """Class scores (B, K-1) of a batch of images, and, from the same weights, the CAM: `maps`.
 
-    def __init__(self, device, amp):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        try:
-            self.device = torch.device(device)
-            if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
-                torch.cuda.set_device(self.device)
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as e:
-            raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
-        if self.world > 1 and not dist.is_initialized():
-            # a process may check, download or write masks alone for longer than the usual limit of 10 minutes
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
-        self.main = self.rank == 0
-        self.amp = amp
-        if amp:
-            check_bfloat16(self.device)
+    A ResNet gives features x[u] (C,) at every place u of a grid; with w[k] (C,) for class k,
 
-    def autocast(self):
-        """bfloat16 for what runs inside, if --amp; losses stay outside, in float32."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext()
+        score[k] = < w[k], mean_u x[u] > = mean_u < w[k], x[u] > = mean_u map[k, u]
 
-    def share(self, items):
-        """This process's part of a list."""
-        return items[self.rank::self.world]
+    The usual classifier is the left side: mean first, then a linear layer. Both are linear, so they
+    commute, and the right side is the same number: a 1x1 convolution, then the mean. Nothing more
+    is needed to know how much each place speaks for a class. There is no bias: it would be evidence
+    that no place has given.
+    """
 
-    def wait(self):
-        if self.world > 1:
-            dist.barrier()
+    def __init__(self, arch: str, weights: str, classes: int):
+        super().__init__()
+        # the last layer keeps its resolution (output stride 16, not 32): maps twice as fine
+        net = resnet(arch, weights, (None, 1))
+        self.pretrained = weights != "none"
+        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        self.layer1 = net.layer1
+        self.layer2 = net.layer2
+        self.layer3 = net.layer3
+        self.layer4 = net.layer4
+        self.classifier = nn.Conv2d(net.fc.in_features, classes, 1, bias=False)
+        if self.pretrained:
+            # as in IRN: edges and textures are ImageNet's, what they add up to is learned
+            for part in (self.stem, self.layer1, self.layer2):
+                part.requires_grad_(False)
 
-    def average_gradients(self, parameters):
-        """After backward: every process gets the mean of all processes' gradients (one message).
+    def maps(self, image):
+        """The CAM before any scaling: evidence for each class at each place (B, K-1, h, w).
 
-        Each loss is a mean over its process's share, so unsure pixels weigh a little otherwise than in one process.
+        image (B, 3, H, W), normalised; h = H/16, w = W/16. Class k of the dataset is channel k-1:
+        background is no class of an image, so it has no channel.
         """
-        if self.world == 1:
-            return
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for g, mean in zip(grads, (flat / self.world).split([g.numel() for g in grads])):
-            g.copy_(mean.view_as(g))
+        x = self.stem(image)       # (B, 64, H/4, W/4)
+        x = self.layer1(x)         # (B, C1, H/4, W/4)
+        x = self.layer2(x)         # (B, C2, H/8, W/8)
+        x = self.layer3(x)         # (B, C3, h, w)
+        x = self.layer4(x)         # (B, C, h, w)
+        return self.classifier(x)  # (B, K-1, h, w)
 
-    def synchronise_batchnorm(self, model):
-        """Statistics over the whole batch, as in one process. Only CUDA can: elsewhere each process norms its own share."""
-        if self.world > 1 and self.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; the parameters stay the same objects
+    def forward(self, image):
+        """Class scores (B, K-1), raw: the mean of the maps over places, for training."""
+        return self.maps(image).mean((2, 3))
 
-    def share_buffers(self, model):
-        """After training: every process has the running statistics of the first, which are those of the checkpoint."""
-        if self.world > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
-
-    def describe(self):
-        if self.device.type == "cuda":
-            return f"{self.world} x {torch.cuda.get_device_name(self.device)}"
-        return f"{self.world} x {self.device.type}, {torch.get_num_threads()} threads"
+    def train(self, mode=True):
+        """The model itself, in training mode, but for ImageNet's BatchNorm statistics."""
+        super().train(mode)
+        if self.pretrained:
+            fix_batchnorm(self)
+        return self
 
 
-def check_bfloat16(device):
-    """Raise ValueError where bfloat16 is missing or only emulated (some CPUs take a hundred times as long with it)."""
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            raise ValueError(f"--amp: {torch.cuda.get_device_name(device)} has no bfloat16; leave --amp out")
-        return
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        try:
-            a = torch.ones(256, 256, dtype=dtype, device=device)
-        except (RuntimeError, TypeError):
-            raise ValueError(f"--amp: this {device.type} has no bfloat16; leave --amp out") from None
-        times = []
-        for _ in range(5):                                            # the first warms up, the quickest counts
-            start = time.perf_counter()
-            float((a @ a @ a)[0, 0])
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    slower = seconds[torch.bfloat16] / seconds[torch.float32]
-    if slower > 2:
-        raise ValueError(f"--amp: bfloat16 is {slower:.0f} times slower than float32 on this {device.type}; leave --amp out")
+@torch.no_grad()
+def class_maps(model, image: np.ndarray, classes: list[int], crop: int, machine) -> torch.Tensor:
+    """CAMs of one photo (J, ceil(H/4), ceil(W/4)), float32 in [0, 1].
 
+    image (H, W, 3) uint8; classes: the J class numbers, from 1, that the image's labels name; crop:
+    side of the training crop in pixels.
 
-# =========================================================================================================== run folder
-
-# options that change where or how fast things happen, but not what comes out (beyond rounding)
-MACHINE_OPTIONS = ("data", "runs", "overwrite", "device", "amp", "workers")
-FILE_OPTIONS = ("clip", "weights", "seeds", "masks", "checkpoint")  # known by the digest of what they name, wherever it lies
-
-
-def start_run(folder, args, machine, digests, mask_options=()):
-    """Make or reopen a stage's folder; refuse to mix two runs in one.
-
-    args.json keeps every option and the digests of what went in. If it is there already and anything that changes the
-    result differs, ValueError names the difference and --overwrite. mask_options: names of options that only change how
-    masks are written from a finished model (stages 2 and 3 see to them).
+    Only the image's own classes get a map: the label says that the others are absent, so whatever a
+    map of theirs showed could only be wrong.
     """
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    method = {k: v for k, v in options.items() if k not in (*MACHINE_OPTIONS, *FILE_OPTIONS, *mask_options)}
-    if args.overwrite and machine.main and folder.exists():
-        shutil.rmtree(folder)
+    H, W = image.shape[:2]
+    base = view_scale(H, W, crop)
+    total = 0
+    # a large view shows the network details, a small one the whole object, a mirrored one the same
+    # thing elsewhere on the grid: what speaks in all of them is more object than accident
+    for scale in CAM_SCALES:
+        size = [max(32, round(n * base * scale)) for n in (W, H)]
+        view = np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))
+        x = normalise(view, IMAGENET_MEAN, IMAGENET_STD)
+        pair = torch.stack([x, x.flip(2)]).to(machine.device)                    # (2, 3, H', W')
+        with machine.autocast():
+            evidence = model.maps(pair)                                          # (2, K-1, h, w)
+        # evidence against a class in one view must not cancel evidence for it in another
+        evidence = evidence.relu().float()
+        evidence = evidence[:1] + evidence[1:].flip(3)                           # (1, K-1, h, w)
+        grid = (math.ceil(H / 4), math.ceil(W / 4))
+        total = total + F.interpolate(evidence, grid, mode="bilinear", align_corners=False)[0]
+    cams = total[[k - 1 for k in classes]]                                       # (J, H/4, W/4)
+    # evidence has no unit, and more of it for one class than for another means little; divided by
+    # its maximum each map says "1: here, if anywhere", and one threshold serves them all
+    return cams / cams.amax((1, 2), keepdim=True).clamp(min=1e-5)
+
+
+def view_scale(H: int, W: int, crop: int) -> float:
+    """The factor that brings a photo of H x W pixels to a size that training has shown.
+
+    GUESS the long side ends between the mean, 0.9375 crop, and the largest, 1.25 crop (480 to 640
+    pixels at crop 512, so that nearly all of VOC's photos stay as they are).
+    """
+    long_side = max(H, W)
+    smallest = 0.9375 * crop / long_side
+    largest = 1.25 * crop / long_side
+    return min(max(1, smallest), largest)
+
+
+def cam_scores(cams, size: tuple[int, int], background: float = 0.15) -> torch.Tensor:
+    """A score of every pixel for background and each CAM's class (1 + J, H, W), float32 in [0, 1].
+
+    cams (J, h, w) in [0, 1], size (H, W) of the photo.
+
+    Background's score is a constant, since no label ever names it: all photos have some, so there
+    is no photo without it to learn the difference from. The constant is the threshold that a class
+    must exceed. Raised, seeds shrink to what is surest; lowered, they spill over the rims.
+    """
+    cams = torch.as_tensor(cams).float()
+    if len(cams):  # an image may show none of the classes
+        cams = F.interpolate(cams[None], size, mode="bilinear", align_corners=False)[0]
+    cams = cams.reshape(-1, *size)                                               # (J, H, W)
+    constant = torch.full((1, *size), background)                                # (1, H, W)
+    return torch.cat([constant, cams])
+
+
+def seeds_from_cams(classes, cams, size: tuple[int, int], background: float = 0.15) -> np.ndarray:
+    """The seed (H, W) uint8: at each pixel the class with the largest score, 0 for background.
+
+    classes (J,) numbers from 1, cams (J, h, w) in [0, 1], size (H, W).
+    """
+    numbers = np.concatenate([[0], classes]).astype(np.uint8)                    # (1 + J,)
+    winner = cam_scores(cams, size, background).argmax(0).numpy()                # (H, W) in 0..J
+    return numbers[winner]
+
+
+def write_seeds(model, data, ids, labels, args, machine, folder):
+    """Write cams/<id>.npz and seeds/<id>.png for every id; what exists is done.
+
+    labels: {id: class numbers from 1}. Each process of torchrun does its own share of the ids.
+    """
+    model.eval()
+    for image_id in tqdm(machine.share(ids), desc="CAMs", disable=not machine.main):
+        cam_path = folder / "cams" / f"{image_id}.npz"
+        seed_path = folder / "seeds" / f"{image_id}.png"
+        if seed_path.is_file():  # the second of the two, so both are there
+            continue
+        image = data.image(image_id)
+        keys = np.array(labels[image_id], np.uint8)                              # (J,)
+        cams = class_maps(model, image, labels[image_id], args.crop, machine)    # (J, h, w)
+        # rounded before the seed is taken: whoever reads the file can make the same seed from it
+        cams = cams.cpu().numpy().astype(np.float16)
+        write_whole(cam_path, lambda f: np.savez_compressed(f, keys=keys, cam=cams))
+        write_label(seed_path, seeds_from_cams(keys, cams, image.shape[:2]))
     machine.wait()
-    before = read_args(folder)
-    if before:
-        old = {k: v for k, v in before["options"].items() if k in method} | before["digests"]
-        for k, v in (method | digests).items():
-            if old.get(k) != v:
-                raise ValueError(f"{folder} was made with {k} = {old.get(k)}, now it is {v}; "
-                                 "give --overwrite to start afresh, or another --runs")
-    if machine.main and not before:
-        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"],
-                             capture_output=True, text=True)
-        write_json(folder / "args.json", {
-            "options": options, "digests": digests, "commit": git.stdout.strip() or None, "device": machine.describe(),
-            "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}})
-    machine.wait()
 
 
-def set_provenance(folder, facts, options=()):
-    """Record in args.json how the stage's masks were made, and the options that did; eval.py prints it beside every score."""
-    said = read_args(folder)
-    write_json(folder / "args.json", {**said, "options": {**said["options"], **dict(options)}, "provenance": facts})
+# ------------------------------------------------------------------------------------- the backbone
 
+def resnet(arch: str, weights: str, dilations: tuple[int | None, int | None]) -> nn.Module:
+    """A torchvision ResNet whose layer3 and layer4 may keep their resolution.
 
-def save_checkpoint(path, model, optimizer, step, facts, frozen):
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith(frozen)}
-    value = dict(step=step, model=state, optimizer=optimizer.state_dict(), facts=facts)
-    write_whole(path, lambda f: torch.save(value, f))
+    weights: "imagenet" (downloaded by torchvision, its hash checked), "none", or a file with a
+    state dict. dilations (layer3, layer4): None keeps stride 2; d sets stride 1 and dilates the 3x3
+    convolutions by d. Raises ValueError where the file does not fit.
 
-
-def read_checkpoint(path):
-    """Plain tensors, numbers and strings; pickled objects are refused. Raises ValueError (one line)."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
-    except Exception as e:
-        raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}: {str(e).splitlines()[0]})") from None
-
-
-def load_trained(model, state, frozen=()):
-    """load_state_dict that lets nothing be missing but what starts with `frozen`. Raises ValueError naming the keys."""
-    try:
-        missing, extra = model.load_state_dict(state, strict=False)
-    except RuntimeError as e:
-        raise ValueError(f"checkpoint does not fit: {str(e).splitlines()[-1].strip()}") from None
-    missing = [k for k in missing if not k.startswith(frozen)]
-    if missing or extra:
-        raise ValueError(f"checkpoint does not fit: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}")
-
-
-# ======================================================================================================== training loop
-
-def batch_plan(n, batch, seed, step, steps, machine):
-    """Batches of (image index, sample number), from iteration `step` on; for DataLoader(batch_sampler=...).
-
-    Samples are numbered from 0 over the whole run; epoch e is a permutation drawn from (seed, e), and sample s is
-    augmented with the random stream (seed, s). So any iteration can be made again: resuming is exact.
-    """
-    epoch, order = -1, None
-    for s in range(step, steps):
-        samples = []
-        for j in range(s * batch, (s + 1) * batch):
-            if j // n != epoch:
-                epoch = j // n
-                order = np.random.default_rng([seed, epoch]).permutation(n)
-            samples.append((int(order[j % n]), j))
-        yield machine.share(samples)
-
-
-def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, frozen=()):
-    """Train `model`, from its checkpoint if there is one. The one training loop of all three stages.
-
-    dataset: item (index, sample number) -> tensors; losses(model, *batch) -> {name: scalar}, their sum is minimised;
-    rate(group, step) -> learning rate; facts: plain values that tell this run's checkpoint from another's;
-    frozen: prefixes of parameter names that neither train nor are saved. Raises ValueError for a foreign checkpoint and
-    where a loss is no number.
-    """
-    path, step = folder / "checkpoint.pt", 0
-    if path.is_file():
-        saved = read_checkpoint(path)
-        if saved.get("facts") != facts:
-            raise ValueError(f"{path} is of another run: {saved.get('facts')}, expected {facts}; give --overwrite")
-        load_trained(model, saved["model"], frozen)
-        optimizer.load_state_dict(saved["optimizer"])
-        step = saved["step"]
-    if step == args.iters:
-        return
-    log = Log(folder / "log.jsonl", step) if machine.main else None
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=batch_plan(len(dataset), args.batch_size, args.seed, step, args.iters, machine),
-        num_workers=args.workers, pin_memory=machine.device.type == "cuda")
-    parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    machine.synchronise_batchnorm(model)
-    bar = tqdm(total=args.iters, initial=step, desc=folder.name, disable=not machine.main)
-    model.train()
-    for step, batch in enumerate(loader, start=step):
-        torch.manual_seed((args.seed << 32) + step * machine.world + machine.rank)   # dropout too is a function of the step
-        for group in optimizer.param_groups:
-            group["lr"] = rate(group, step)
-        terms = losses(model, *[x.to(machine.device, non_blocking=True) for x in batch])
-        loss = sum(terms.values())
-        if not torch.isfinite(loss):
-            names = {k: v.item() for k, v in terms.items()}
-            raise ValueError(f"iteration {step}: a loss is no number ({names}); the last checkpoint stands, try a smaller --lr")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        machine.average_gradients(parameters)
-        optimizer.step()
-        if machine.main and (step % LOG_EVERY == 0 or step + 1 == args.iters):
-            log(step=step, lr=optimizer.param_groups[0]["lr"], loss=loss.item(), **{k: v.item() for k, v in terms.items()})
-        if machine.main and ((step + 1) % SAVE_EVERY == 0 or step + 1 == args.iters):
-            save_checkpoint(path, model, optimizer, step + 1, facts, frozen)
-        bar.update()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    machine.share_buffers(model)
-
-
-class Log:
-    """log.jsonl: a line per logged step. Lines from `step` on, left by a run that was cut off, are dropped."""
-
-    def __init__(self, path, step):
-        lines = path.read_text().splitlines() if path.is_file() else []
-        keep = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-        write_text(path, "".join(line + "\n" for line in keep))
-        self.path = path
-
-    def __call__(self, **values):
-        values = {k: round(v, 8) if isinstance(v, float) else v for k, v in values.items()}
-        with open(self.path, "a") as f:
-            f.write(json.dumps(values) + "\n")
-
-
-# ================================================================================================================= data
-
-def normalise(image, mean, std):
-    """(H, W, 3) uint8 -> (3, H, W) float32, (x - mean) / std per channel, mean and std in grey levels."""
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # a copy: torch takes no mirrored array
-    return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-
-
-def crop_or_pad(x, size, top, left, fill):
-    """x (..., H, W) -> (..., size, size): the window from (top, left); what lies outside the image is `fill`.
-
-    top, left may be negative: the image then starts inside the window.
-    """
-    H, W = x.shape[-2:]
-    out = x.new_full((*x.shape[:-2], size, size), fill)
-    y, x0 = max(top, 0), max(left, 0)
-    part = x[..., y:max(top + size, 0), x0:max(left + size, 0)]
-    out[..., y - top:y - top + part.shape[-2], x0 - left:x0 - left + part.shape[-1]] = part
-    return out
-
-
-def random_window(rng, length, size):
-    """Start of a window of `size` on an axis of `length`: inside it, or, where the axis is shorter, around it."""
-    low, high = min(0, length - size), max(0, length - size)
-    return int(rng.integers(low, high + 1))
-
-
-class LabelledImages(torch.utils.data.Dataset):
-    """Item (index, sample) -> image (3, crop, crop), labels (K-1,) of 0 and 1; long side U(0.625, 1.25) crop, flip, pad."""
-
-    def __init__(self, data, ids, labels, crop, seed):
-        self.data, self.ids, self.labels, self.crop, self.seed = data, ids, labels, crop, seed
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, item):
-        index, sample = item
-        rng = np.random.default_rng([self.seed, sample, 1])
-        i = self.ids[index]
-        image = Image.fromarray(self.data.image(i))
-        scale = rng.uniform(0.625, 1.25) * self.crop / max(image.size)            # long side U(320, 640) at crop 512
-        image = image.resize([max(1, round(s * scale)) for s in image.size], Image.BICUBIC)
-        if rng.random() < 0.5:
-            image = image.transpose(Image.FLIP_LEFT_RIGHT)
-        x = normalise(np.asarray(image), IMAGENET_MEAN, IMAGENET_STD)
-        top, left = (random_window(rng, n, self.crop) for n in x.shape[1:])
-        y = torch.zeros(len(self.data.classes) - 1)
-        y[[k - 1 for k in self.labels[i]]] = 1
-        return crop_or_pad(x, self.crop, top, left, 0), y
-
-
-# ================================================================================================================ model
-
-def resnet(arch, weights, dilations):
-    """torchvision ResNet; layer3 and layer4 keep their resolution where their dilation is not None.
-
-    weights: "imagenet" (downloaded by torchvision, its hash checked), "none", or a file with a state dict.
-    dilations (layer3, layer4): None keeps stride 2; d sets stride 1 and dilates the 3x3 convolutions by d. By hand,
-    since torchvision refuses dilation in ResNet-18's blocks.
+    A ResNet made for classification ends at 1/32 of the image's size, too coarse for a map. Without
+    a stride the grid stays fine, and dilation gives each 3x3 filter the reach back that it was
+    trained with. Done by hand, since torchvision refuses it in ResNet-18's blocks.
     """
     net = getattr(torchvision.models, arch)()
     if weights == "imagenet":
         kind = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
-        net.load_state_dict(kind.get_state_dict(progress=True, check_hash=True, weights_only=True))
+        state = kind.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        net.load_state_dict(state)
     elif weights != "none":
         load_trained(net, clip.read_state_dict(weights))
-    for layer, d in zip((net.layer3, net.layer4), dilations):
-        for m in layer.modules() if d else ():
-            if isinstance(m, nn.Conv2d):
-                m.stride = (1, 1)
-                if m.kernel_size == (3, 3):
-                    m.dilation = m.padding = (d, d)
+    for layer, dilation in zip((net.layer3, net.layer4), dilations):
+        if dilation is not None:
+            dilate(layer, dilation)
     return net
 
 
-def weights_digest(weights):
-    """What tells one `--weights` from another: the name, or a file's sha256. Raises ValueError where it is absent."""
+def dilate(layer, dilation):
+    """Take the stride out of a ResNet's layer and dilate its 3x3 convolutions; in place."""
+    for module in layer.modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+            if module.kernel_size == (3, 3):
+                module.dilation = (dilation, dilation)
+                module.padding = (dilation, dilation)
+
+
+def weights_digest(weights: str) -> str:
+    """What tells one `--weights` from another: the name, or a file's sha256, wherever it lies.
+
+    Raises ValueError where there is no such file.
+    """
     if weights in ("imagenet", "none"):
         return weights
     if not Path(weights).is_file():
@@ -363,113 +244,156 @@ def weights_digest(weights):
 
 
 def fix_batchnorm(model):
-    """Keep pre-trained BatchNorm statistics: train() leaves these layers in eval mode."""
-    for m in model.modules():
-        if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            m.eval()
+    """Put BatchNorm in eval mode, so that its pre-trained statistics stay; call it after train().
+
+    A batch of a few crops is a poor estimate of what a million images have measured.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            module.eval()
 
 
-class Classifier(nn.Module):
-    """ResNet at output stride 16 and a bias-free 1x1 convolution; its mean over places is the class score."""
+# ------------------------------------------------------------------------------------------ the data
 
-    def __init__(self, arch, weights, classes):
-        super().__init__()
-        net = resnet(arch, weights, (None, 1))
-        self.pretrained = weights != "none"
-        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
-        self.classifier = nn.Conv2d(net.fc.in_features, classes, 1, bias=False)
-        if self.pretrained:  # IRN: stem and layers 1 and 2 are fixed
-            for part in (self.stem, self.layer1, self.layer2):
-                part.requires_grad_(False)
+class LabelledImages(torch.utils.data.Dataset):
+    """Item (index, sample) -> image (3, crop, crop) float32, normalised; target (K-1,) of 0 and 1.
 
-    def train(self, mode=True):
-        super().train(mode)
-        if self.pretrained:
-            fix_batchnorm(self)
-        return self
+    The image is resized to a long side of U(0.625, 1.25) crop, mirrored every other time, and cut
+    or padded to the crop. labels: {id: class numbers from 1}; index: which of the ids; sample: the
+    number that `batch_plan` gave it, from which all chance is drawn.
+    """
 
-    def maps(self, image):
-        """(B, 3, H, W) -> class evidence at every place (B, K-1, H/16, W/16)."""
-        x = self.layer2(self.layer1(self.stem(image)))
-        return self.classifier(self.layer4(self.layer3(x)))
+    def __init__(self, data, ids, labels, crop, seed):
+        self.data = data
+        self.ids = ids
+        self.labels = labels
+        self.crop = crop
+        self.seed = seed
 
-    def forward(self, image):
-        """The mean over places commutes with the 1x1 convolution: class scores (B, K-1)."""
-        return self.maps(image).mean((2, 3))
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, item):
+        index, sample = item
+        image_id = self.ids[index]
+        # a stream of its own for every sample: no worker's past changes it, and it can be drawn
+        # again at any time; the last number is the stage's, so that stages do not draw alike
+        rng = np.random.default_rng([self.seed, sample, 1])
+        image = Image.fromarray(self.data.image(image_id))
+        scale = rng.uniform(0.625, 1.25) * self.crop / max(image.size)  # crop 512: U(320, 640)
+        size = [max(1, round(n * scale)) for n in image.size]           # PIL: width, height
+        image = image.resize(size, Image.BICUBIC)
+        if rng.random() < 0.5:
+            image = image.transpose(Image.FLIP_LEFT_RIGHT)
+        x = normalise(np.asarray(image), IMAGENET_MEAN, IMAGENET_STD)   # (3, H, W)
+        top = random_window(rng, x.shape[1], self.crop)
+        left = random_window(rng, x.shape[2], self.crop)
+        target = torch.zeros(len(self.data.classes) - 1)                # (K-1,)
+        # a crop may have lost the labelled object; the target does not know, and the loss bears it
+        target[[k - 1 for k in self.labels[image_id]]] = 1
+        return crop_or_pad(x, self.crop, top, left, 0), target
 
 
-def make_optimizer(model, args):
-    """SGD; the new layer learns ten times as fast."""
+def normalise(image: np.ndarray, mean, std) -> torch.Tensor:
+    """(3, H, W) float32, (x - mean) / std per channel, of an image (H, W, 3) uint8.
+
+    mean, std (3,) in grey levels 0..255.
+    """
+    image = np.array(image)  # a copy, since torch takes no mirrored array (negative stride)
+    x = torch.from_numpy(image).permute(2, 0, 1).float()                # (3, H, W)
+    return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def crop_or_pad(x, size: int, top: int, left: int, fill) -> torch.Tensor:
+    """The window (..., size, size) of x (..., H, W) from (top, left); `fill` outside the image.
+
+    top, left may be negative: the image then starts inside the window.
+    """
+    H, W = x.shape[-2:]
+    window = x.new_full((*x.shape[:-2], size, size), fill)
+    # what the two have in common, first in the image's coordinates, then in the window's
+    first_row = max(top, 0)
+    first_column = max(left, 0)
+    common = x[..., first_row:max(top + size, 0), first_column:max(left + size, 0)]
+    h, w = common.shape[-2:]
+    row = first_row - top
+    column = first_column - left
+    window[..., row:row + h, column:column + w] = common
+    return window
+
+
+def random_window(rng, length: int, size: int) -> int:
+    """Where a window of `size` starts on an axis of `length`: any place inside, all equally likely.
+
+    Where the axis is shorter than the window, the window lies around it: the start is negative, and
+    the padding falls on either side.
+    """
+    low = min(0, length - size)
+    high = max(0, length - size)
+    return int(rng.integers(low, high + 1))
+
+
+# ----------------------------------------------------------------- how the classifier learns, a look
+
+def make_optimizer(model, args) -> torch.optim.Optimizer:
+    """SGD with weight decay 1e-4 in two groups: the new layer learns ten times as fast.
+
+    The backbone starts from features that are good already, the classifier from nothing.
+    """
     new = list(model.classifier.parameters())
-    old = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("classifier.")]
-    # IRN's code hands its weight decay to SGD's momentum slot, so its real momentum is 1e-4: with ImageNet weights ours is 0
+    old = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not name.startswith("classifier."):
+            old.append(parameter)
+    # IRN's code hands its weight decay to SGD's momentum slot, so its real momentum is 1e-4: with
+    # ImageNet weights ours is 0
     momentum = 0 if model.pretrained else 0.9
     groups = [{"params": old, "base_lr": args.lr}, {"params": new, "base_lr": 10 * args.lr}]
     return torch.optim.SGD(groups, lr=args.lr, momentum=momentum, weight_decay=1e-4)
 
 
-def poly(iters, power=0.9):
-    """Polynomial decay: base_lr * (1 - step / iters) ** power, as a `rate` for `fit`."""
-    return lambda group, step: group["base_lr"] * (1 - step / iters) ** power
+def poly(iters: int, power: float = 0.9):
+    """A `rate` for `fit`, polynomial decay: base_lr * (1 - step / iters) ** power.
 
-
-# ================================================================================================== class activation maps
-
-@torch.no_grad()
-def class_maps(model, image, classes, crop, machine):
-    """CAMs of one photo: ReLU maps at scales 1, 0.5, 1.5, 2 with their mirror images, summed.
-
-    image (H, W, 3) uint8; classes: the image's class numbers from 1. Returns (J, ceil(H/4), ceil(W/4)) float32 in [0, 1].
+    Nearly a straight line from base_lr down to 0; stage 3 has it too.
     """
-    H, W = image.shape[:2]
-    # GUESS the photo comes at a size that training showed: long side from the mean, 0.9375 crop, to the largest, 1.25 crop
-    # (480 to 640 pixels at crop 512: nearly all of VOC's photos stay as they are)
-    base = min(max(1, 0.9375 * crop / max(H, W)), 1.25 * crop / max(H, W))
-    total = 0
-    for scale in (1, 0.5, 1.5, 2):
-        size = [max(32, round(n * base * scale)) for n in (W, H)]
-        x = normalise(np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC)), IMAGENET_MEAN, IMAGENET_STD)
+    def rate(group, step):
+        return group["base_lr"] * (1 - step / iters) ** power
+    return rate
+
+
+def train(model, data, ids, labels, args, machine, folder):
+    """Train the classifier on the image labels, from its last checkpoint if there is one."""
+
+    def losses(model, image, target):
         with machine.autocast():
-            maps = model.maps(torch.stack([x, x.flip(2)]).to(machine.device)).relu().float()     # (2, K-1, h, w)
-        maps = maps[:1] + maps[1:].flip(3)
-        total = total + F.interpolate(maps, (-(-H // 4), -(-W // 4)), mode="bilinear", align_corners=False)[0]
-    cams = total[[k - 1 for k in classes]]                                                       # (J, H/4, W/4)
-    return cams / cams.amax((1, 2), keepdim=True).clamp(min=1e-5)
+            score = model(image)                                        # (B, K-1)
+        # a photo may show several classes, so each is a question of its own, yes or no: the mean
+        # over images and classes of -[y log sigmoid(s) + (1 - y) log sigmoid(-s)]
+        loss = F.multilabel_soft_margin_loss(score.float(), target)
+        return {"loss_multilabel": loss}
+
+    samples = LabelledImages(data, ids, labels, args.crop, args.seed)
+    optimizer = make_optimizer(model, args)
+    facts = {"stage": "1_cam", "classes": list(data.classes)}
+    fit(model, samples, optimizer, losses, poly(args.iters), args, machine, folder, facts)
 
 
-def cam_scores(cams, size, background=0.15):
-    """CAMs (J, h, w) in [0, 1] -> (1 + J, H, W) float32: at the photo's size (H, W), background's constant before them."""
-    cams = torch.as_tensor(cams).float()
-    if len(cams):
-        cams = F.interpolate(cams[None], size, mode="bilinear", align_corners=False)[0]
-    return torch.cat([torch.full((1, *size), background), cams.reshape(-1, *size)])
+def preview(data, ids, folder):
+    """Write preview.png: image | CAMs, the largest at each place | seed | truth, of eight images."""
+    rows = []
+    for image_id in preview_ids(ids):
+        image = data.image(image_id)
+        cams = np.load(folder / "cams" / f"{image_id}.npz")["cam"]      # (J, h, w)
+        went_in = image
+        if len(cams):
+            went_in = heat(cams.max(0), image.shape[:2])                # (H, W, 3)
+        seed = read_label(folder / "seeds" / f"{image_id}.png")         # (H, W)
+        rows.append([image, went_in, seed, *truth_pictures(data, image_id)])
+    write_preview(folder / "preview.png", rows)
 
 
-def seeds_from_cams(classes, cams, size, background=0.15):
-    """CAMs -> label map: the class with the largest value, background where none exceeds `background`.
-
-    classes (J,) numbers from 1; cams (J, h, w) in [0, 1]; size (H, W). Returns (H, W) uint8.
-    """
-    return np.concatenate([[0], classes]).astype(np.uint8)[cam_scores(cams, size, background).argmax(0).numpy()]
-
-
-def write_seeds(model, data, ids, labels, args, machine, folder):
-    """cams/<id>.npz and seeds/<id>.png for every id; what exists is done."""
-    model.eval()
-    for i in tqdm(machine.share(ids), desc="CAMs", disable=not machine.main):
-        cam_path, seed_path = folder / "cams" / f"{i}.npz", folder / "seeds" / f"{i}.png"
-        if seed_path.is_file():
-            continue
-        image = data.image(i)
-        keys = np.array(labels[i], np.uint8)
-        cam = class_maps(model, image, labels[i], args.crop, machine).cpu().numpy().astype(np.float16)
-        write_whole(cam_path, lambda f: np.savez_compressed(f, keys=keys, cam=cam))
-        write_label(seed_path, seeds_from_cams(keys, cam, image.shape[:2]))
-    machine.wait()
-
-
-# ============================================================================================================ dense CRF
+# ==================================================================== II. the dense CRF of all stages
 # Fully connected CRF, mean-field inference (Kraehenbuehl and Koltun, NeurIPS 2011). All pairs of pixels are neighbours;
 # the sum over all of them is a Gaussian filter in feature space, done on a permutohedral lattice (Adams, Baek, Davis,
 # Eurographics 2010). The published WeakCLIP numbers were made with that lattice, so its approximation is part of the
@@ -601,121 +525,593 @@ def dense_crf(probs, image, gaussian=(3, 3), bilateral=(80, 13, 10), iterations=
     return Q.transpose(1, 2).unflatten(2, (H, W))
 
 
-# ============================================================================================================== preview
+# ====================================== III. engine room of all stages, to skip at a first reading
+# From here on nothing is about segmentation: where a run happens, how it is known again, how it goes
+# on after it was cut off, how it is looked at, and what can be asked of it. At the end: `main`.
 
-def write_preview(path, rows, height=160):
-    """Rows of pictures (image | what went in | what came out | truth), each (H, W, 3) uint8 or (H, W) labels -> one PNG."""
-    def picture(x):
-        x = colour_map()[x] if x.ndim == 2 else x
-        width = max(1, round(x.shape[1] * height / x.shape[0]))
-        return np.asarray(Image.fromarray(x).resize((width, height), Image.NEAREST))
-    strips = [np.concatenate([np.pad(picture(x), ((2, 2), (2, 2), (0, 0)), constant_values=255) for x in row], 1)
-              for row in rows]
-    width = max(s.shape[1] for s in strips)
-    sheet = np.concatenate([np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips])
-    write_whole(path, lambda f: Image.fromarray(sheet).save(f, "PNG"))
+# ------------------------------------------------------------------------ one device, or several
+
+class Machine:
+    """Where the run happens: device, precision, and this process's place among torchrun's.
+
+    rank of world processes, all of which run the same script; main: the one (rank 0) that writes
+    what there is one of. Without torchrun there is one process, and all that is between processes
+    does nothing. Raises ValueError for a device, or bfloat16, that is not there.
+    """
+
+    def __init__(self, device: str, amp: bool):
+        self.rank = int(os.environ.get("RANK", 0))  # set by torchrun
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = open_device(device)
+        if self.world > 1 and not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            # a process may check, download or write masks alone for longer than the usual 10 minutes
+            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        self.main = self.rank == 0
+        self.amp = amp
+        if amp:
+            check_bfloat16(self.device)
+
+    def autocast(self):
+        """A context: bfloat16 for what runs inside, if --amp; losses stay outside, in float32."""
+        if self.amp:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def share(self, items: list) -> list:
+        """This process's part of a list; the parts of all processes make up the list."""
+        return items[self.rank::self.world]
+
+    def wait(self):
+        """Go on when every process has come here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def average_gradients(self, parameters):
+        """After backward: every process gets the mean of all processes' gradients.
+
+        All go in one message, since many small ones cost more. Every process then takes the same
+        step, so that parameters stay equal without being sent. Each loss is a mean over its
+        process's share, so unsure pixels weigh a little otherwise than in one process.
+        """
+        if self.world == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)  # the sum
+        means = (flat / self.world).split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means):
+            gradient.copy_(mean.view_as(gradient))
+
+    def synchronise_batchnorm(self, model):
+        """BatchNorm's statistics over the whole batch, as in one process; in place.
+
+        Only CUDA can: elsewhere each process norms its own share.
+        """
+        if self.world > 1 and self.device.type == "cuda":
+            # the parameters stay the same objects, so the optimizer still holds them
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+    def share_buffers(self, model):
+        """After training: every process gets the running statistics of the first.
+
+        Those are the checkpoint's, so that masks do not depend on which process writes them.
+        """
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def describe(self) -> str:
+        """The machine in words, for args.json."""
+        if self.device.type == "cuda":
+            return f"{self.world} x {torch.cuda.get_device_name(self.device)}"
+        return f"{self.world} x {self.device.type}, {torch.get_num_threads()} threads"
 
 
-def truth_pictures(data, i):
-    """[true mask] of an image, [] where there is none: only looked at, never used."""
-    path = data.truth_path(i)
-    return [read_label(path, len(data.classes))] if path else []
+def open_device(name: str) -> torch.device:
+    """The device of that name, tried out; "auto" is the best there is.
+
+    Under torchrun each process takes the GPU of its own number. Raises ValueError where the device
+    is unknown or absent.
+    """
+    if name == "auto":
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            number = int(os.environ.get("LOCAL_RANK", device.index or 0))
+            device = torch.device("cuda", number)
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)  # a device can be named without being there
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
 
 
-def preview_ids(ids, n=8):
-    """n ids spread over a list."""
+def check_bfloat16(device: torch.device):
+    """Raise ValueError where bfloat16 is missing, or emulated and so slower than float32.
+
+    GPUs tell what they can. CPUs do not, and some take a hundred times as long: so it is tried.
+    """
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            name = torch.cuda.get_device_name(device)
+            raise ValueError(f"--amp: {name} has no bfloat16; leave --amp out")
+        return
+    try:
+        slower = matmul_seconds(torch.bfloat16, device) / matmul_seconds(torch.float32, device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"--amp: this {device.type} has no bfloat16; leave --amp out") from None
+    if slower > 2:
+        raise ValueError(f"--amp: bfloat16 is {slower:.0f} times slower than float32 on this "
+                         f"{device.type}; leave --amp out")
+
+
+def matmul_seconds(dtype, device) -> float:
+    """Seconds that two products of 256 x 256 matrices take; of five tries the quickest."""
+    a = torch.ones(256, 256, dtype=dtype, device=device)
+    times = []
+    for _ in range(5):  # the first warms up
+        start = time.perf_counter()
+        float((a @ a @ a)[0, 0])  # reading a value waits for the device
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+# ------------------------------------------------------------------------------- the folder of a run
+# How provenance is kept. A stage's folder belongs to one run, and args.json says which: every option,
+# and the digests of what went in (lists, classes, labels, weights, seeds or masks). Whoever opens
+# the folder again must bring the same, or is refused: so all that lies in it was made by one recipe
+# from one input, although it may have been made in many sittings. When a stage has made its masks
+# or seeds, it adds how ("provenance"), and eval.py prints that beside every score. Last of all comes
+# "finished": true.
+
+# options that change where or how fast things happen, but not what comes out (beyond rounding)
+MACHINE_OPTIONS = ("data", "runs", "overwrite", "device", "amp", "workers")
+# options that name a file or folder: known by the digest of what it holds, wherever it lies
+FILE_OPTIONS = ("clip", "weights", "seeds", "masks", "checkpoint")
+
+
+def start_run(folder: Path, args, machine, digests: dict[str, str], mask_options=()):
+    """Make or reopen a stage's folder; raise ValueError rather than mix two runs in one.
+
+    digests: {what went in: its sha256}. mask_options: names of options that only change how masks
+    are written from a finished model; stages 2 and 3 see to them. With --overwrite what is there is
+    deleted first.
+    """
+    options = {}
+    for name, value in vars(args).items():
+        options[name] = str(value) if isinstance(value, Path) else value
+    if args.overwrite and machine.main and folder.exists():
+        mark_unfinished(folder)  # should the next line be cut off, what is left passes for no run
+        shutil.rmtree(folder)
+    machine.wait()
+    before = read_args(folder)
+    if before:
+        refuse_another_run(folder, before, options, digests, mask_options)
+    elif machine.main:
+        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__,
+                    "numpy": np.__version__}
+        write_json(folder / "args.json", {
+            "options": options, "digests": digests, "commit": commit(),
+            "device": machine.describe(), "versions": versions, "finished": False})
+    machine.wait()
+
+
+def refuse_another_run(folder, before, options, digests, mask_options):
+    """Raise ValueError that names the first option or digest in which args.json (before) differs."""
+    free = (*MACHINE_OPTIONS, *FILE_OPTIONS, *mask_options)
+    now = {name: value for name, value in options.items() if name not in free}
+    now.update(digests)
+    then = {name: value for name, value in before["options"].items() if name not in free}
+    then.update(before["digests"])
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise ValueError(f"{folder} was made with {name} = {then.get(name)}, now it is {value}; "
+                             "give --overwrite to start afresh, or another --runs")
+
+
+def commit() -> str | None:
+    """The commit of this code, None where it lies outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    return answer.stdout.strip() or None
+
+
+def set_provenance(folder: Path, facts: dict, options=()):
+    """Record in args.json how the stage's masks were made, and the options that did.
+
+    facts: what eval.py prints beside every score; options: pairs or a dict, put over the old ones.
+    """
+    record = read_args(folder)
+    record["options"].update(options)
+    record["provenance"] = facts
+    write_json(folder / "args.json", record)
+
+
+def is_finished(folder: Path) -> bool:
+    """True if the stage's last act has been done in this folder.
+
+    args.json says so and nothing else does: a picture or a mask may be there from a run that was
+    cut off. Older runs lack the word and are taken up again, which is cheap: what exists is done.
+    """
+    return read_args(folder).get("finished", False)
+
+
+def mark_finished(folder: Path):
+    """Say so in args.json: the stage's very last act, when all else lies on the disk."""
+    write_json(folder / "args.json", {**read_args(folder), "finished": True})
+
+
+def mark_unfinished(folder: Path):
+    """Take it back, before anything of a finished folder is rewritten or removed."""
+    record = read_args(folder)
+    if record:
+        write_json(folder / "args.json", {**record, "finished": False})
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(path, model, optimizer, step, facts, frozen):
+    """Write all that iteration `step` and those after it depend on, but for the frozen weights.
+
+    frozen: prefixes of names that are left out; facts: what tells this run from another.
+    """
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(frozen):
+            state[name] = tensor
+    value = dict(step=step, model=state, optimizer=optimizer.state_dict(), facts=facts)
+    write_whole(path, lambda f: torch.save(value, f))
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint's plain tensors, numbers and strings; pickled objects are refused, never built.
+
+    Raises ValueError (one line).
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # a damaged file can fail in any way
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ValueError(f"{path}: not a readable checkpoint ({reason})") from None
+
+
+def load_trained(model, state: dict, frozen=()):
+    """load_state_dict that lets nothing be missing but what starts with a prefix in `frozen`.
+
+    Raises ValueError naming the keys: a network that is half loaded works, and is wrong.
+    """
+    try:
+        missing, extra = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # a shape
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"checkpoint does not fit: {reason}") from None
+    missing = [name for name in missing if not name.startswith(frozen)]
+    if missing or extra:
+        raise ValueError(f"checkpoint does not fit: missing {missing or 'nothing'}, "
+                         f"unexpected {extra or 'nothing'}")
+
+
+def resume(path, model, optimizer, facts, frozen) -> int:
+    """How many iterations are done: model and optimizer are then as they were after them.
+
+    0 where there is no checkpoint. Raises ValueError for one of another run.
+    """
+    if not path.is_file():
+        return 0
+    saved = read_checkpoint(path)
+    if saved.get("facts") != facts:
+        raise ValueError(f"{path} is of another run: {saved.get('facts')}, expected {facts}; "
+                         "give --overwrite")
+    load_trained(model, saved["model"], frozen)
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
+
+
+# ------------------------------------------------------------------------------ the training loop
+# Why a resumed run is exact, bit for bit (on the same machine with as many threads). An iteration
+# depends on four things, and none of them is how long this process has been running:
+#   1. parameters, running statistics, optimizer state after the one before: in the checkpoint;
+#   2. which images are in the batch, and how they are augmented: `batch_plan` numbers all samples of
+#      the run, and sample s is a function of (seed, s);
+#   3. the network's own chance, dropout: seeded anew in every iteration by (seed, iteration);
+#   4. the learning rate: a function of the iteration.
+# One random stream that runs through the whole training would do as well, if its state were saved;
+# but every worker that loads images has one, each in another place. Seeds that are functions have no
+# state: nothing to save, nothing to forget, and any single sample can be made again to look at it.
+
+SAVE_EVERY = 500  # iterations; what a cut costs at most
+LOG_EVERY = 10    # iterations
+
+
+def batch_plan(n: int, batch: int, seed: int, step: int, steps: int, machine):
+    """Yield this process's share of every batch, from iteration `step` on, `steps` in the whole run.
+
+    A batch is a list of (image index, sample number), for DataLoader(batch_sampler=...). Samples are
+    numbered from 0 through the run, `batch` to an iteration and n, the number of images, to an
+    epoch. Epoch e has the order that is drawn from (seed, e), so every image comes once an epoch,
+    and a batch may lie across two.
+    """
+    epoch = None
+    for iteration in range(step, steps):
+        items = []
+        for sample in range(iteration * batch, (iteration + 1) * batch):
+            if sample // n != epoch:
+                epoch = sample // n
+                order = np.random.default_rng([seed, epoch]).permutation(n)
+            items.append((int(order[sample % n]), sample))
+        yield machine.share(items)
+
+
+def load_batches(dataset, args, step, machine):
+    """The batches from iteration `step` on, as tensors on the CPU; loaded ahead by --workers."""
+    plan = batch_plan(len(dataset), args.batch_size, args.seed, step, args.iters, machine)
+    pinned = machine.device.type == "cuda"  # page-locked, so that a copy overlaps with computing
+    return torch.utils.data.DataLoader(dataset, batch_sampler=plan, num_workers=args.workers,
+                                       pin_memory=pinned)
+
+
+def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, frozen=()):
+    """Train `model`, from its checkpoint if there is one. The one training loop of all three stages.
+
+    dataset: item (index, sample number) -> tensors; losses(model, *batch) -> {name: scalar}, whose
+    sum is minimised; rate(group, step) -> learning rate; facts: plain values that tell this run's
+    checkpoint from another's; frozen: prefixes of names of parameters that neither train nor are
+    saved. Raises ValueError for a foreign checkpoint and where a loss is no number.
+    """
+    path = folder / "checkpoint.pt"
+    done = resume(path, model, optimizer, facts, frozen)
+    if done == args.iters:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    machine.synchronise_batchnorm(model)
+    log = Log(folder / "log.jsonl", done) if machine.main else None
+    bar = tqdm(total=args.iters, initial=done, desc=folder.name, disable=not machine.main)
+    model.train()
+    for step, batch in enumerate(load_batches(dataset, args, done, machine), start=done):
+        torch.manual_seed((args.seed << 32) + step * machine.world + machine.rank)  # dropout's
+        for group in optimizer.param_groups:
+            group["lr"] = rate(group, step)
+        batch = [tensor.to(machine.device, non_blocking=True) for tensor in batch]
+        terms = losses(model, *batch)
+        loss = sum(terms.values())
+        check_loss(loss, terms, step)  # before backward: a NaN in the weights never leaves them
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        machine.average_gradients(parameters)
+        optimizer.step()
+        last = step + 1 == args.iters
+        if machine.main and (last or step % LOG_EVERY == 0):
+            log(step, optimizer.param_groups[0]["lr"], loss, terms)
+        if machine.main and (last or (step + 1) % SAVE_EVERY == 0):
+            save_checkpoint(path, model, optimizer, step + 1, facts, frozen)
+        bar.update()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    machine.share_buffers(model)
+
+
+def check_loss(loss, terms, step):
+    """Raise ValueError that names every term if the loss is infinite or no number."""
+    if not torch.isfinite(loss):
+        values = {name: term.item() for name, term in terms.items()}
+        raise ValueError(f"iteration {step}: a loss is no number ({values}); "
+                         "the last checkpoint stands, try a smaller --lr")
+
+
+class Log:
+    """log.jsonl: a line per logged iteration, with every loss under its name.
+
+    step: the first iteration to come. Lines from there on were left by a run that was cut off after
+    its checkpoint; they are dropped, and come again.
+    """
+
+    def __init__(self, path: Path, step: int):
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = []
+        for line in lines:
+            if line.endswith("}") and json.loads(line)["step"] < step:  # the last may be cut off
+                kept.append(line + "\n")
+        write_text(path, "".join(kept))
+        self.path = path
+
+    def __call__(self, step: int, rate: float, loss, terms: dict):
+        """Add a line."""
+        line = {"step": step, "lr": round(rate, 8), "loss": round(loss.item(), 8)}
+        for name, term in terms.items():
+            line[name] = round(term.item(), 8)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+
+# ------------------------------------------------------------------------------------- the preview
+
+def write_preview(path: Path, rows: list[list[np.ndarray]], height: int = 160):
+    """Write rows of pictures (image | what went in | what came out | truth) as one PNG.
+
+    Each picture is (H, W, 3) uint8, or a label map (H, W), drawn in its classes' colours; all are
+    shown `height` pixels high.
+    """
+    strips = []
+    for row in rows:
+        strips.append(np.concatenate([thumbnail(picture, height) for picture in row], 1))
+    width = max(strip.shape[1] for strip in strips)
+    for n, strip in enumerate(strips):
+        margin = ((0, 0), (0, width - strip.shape[1]), (0, 0))
+        strips[n] = np.pad(strip, margin, constant_values=255)
+    sheet = Image.fromarray(np.concatenate(strips))
+    write_whole(path, lambda f: sheet.save(f, "PNG"))
+
+
+def thumbnail(picture, height):
+    """A picture or label map at that height, with a white rim: (height + 4, w, 3) uint8."""
+    if picture.ndim == 2:
+        picture = colour_map()[picture]                                 # (H, W, 3)
+    width = max(1, round(picture.shape[1] * height / picture.shape[0]))
+    # nearest: a label's colours must not blend into those of a third class
+    small = np.asarray(Image.fromarray(picture).resize((width, height), Image.NEAREST))
+    return np.pad(small, ((2, 2), (2, 2), (0, 0)), constant_values=255)
+
+
+def truth_pictures(data, image_id: str) -> list[np.ndarray]:
+    """[the image's true mask], [] where there is none: only looked at, never used."""
+    path = data.truth_path(image_id)
+    if path is None:
+        return []
+    return [read_label(path, len(data.classes))]
+
+
+def preview_ids(ids: list[str], n: int = 8) -> list[str]:
+    """n ids (all, if there are fewer) spread over the list."""
     return ids[::max(1, len(ids) // n)][:n]
 
 
-# ========================================================================================================= command line
+# ------------------------------------------------------------------ the options that stages share
 
-def common_options(description, lr, batch_size, crop):
-    """Parser with the options that all stages have; returns it with its group "method"."""
-    p = argparse.ArgumentParser(description=description)
-    files = p.add_argument_group("files")
-    files.add_argument("--data", required=True, metavar="NAME|DIR", help="dataset folder in VOC's layout (README, Data)")
-    files.add_argument("--runs", type=Path, default=Path("runs"), help="gets a folder per dataset and stage [%(default)s]")
-    files.add_argument("--overwrite", action="store_true", help="delete this stage's folder and start afresh")
-    method = p.add_argument_group("method (changes results; defaults are the recipe)")
-    method.add_argument("--iters", type=int, help="iterations (optimizer steps) [the recipe's]")
-    method.add_argument("--batch-size", type=int, default=batch_size, help="images an iteration, on all devices [%(default)s]")
-    method.add_argument("--crop", type=int, default=crop,
-                        help="training crop in pixels, a multiple of 32; test sizes scale with it [%(default)s]")
-    method.add_argument("--lr", type=float, default=lr, help="base learning rate [the recipe's]")
-    method.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout [%(default)s]")
-    method.add_argument("--limit", type=int, metavar="N", help="use only the first N images of every list")
-    method.add_argument("--split", help="training list [trainaug if there is one, else train]")
-    machine = p.add_argument_group("machine (changes speed, not results beyond rounding)")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [%(default)s]")
-    machine.add_argument("--amp", action="store_true", help="bfloat16 forward and backward, where the device has it")
-    machine.add_argument("--workers", type=int, help="processes that load images [0 on a CPU, else up to 8]")
-    return p, method
+def common_options(description: str, lr, batch_size, crop, recipe=None):
+    """The parser with the options that all stages have, and its group "method".
+
+    lr, batch_size and crop are defaults. recipe: {option: text} for a default that is known only
+    when the dataset is, and so is None here; --help prints the text.
+    """
+    shown = dict.fromkeys(("iters", "lr", "batch_size"), "the recipe's")
+    if lr is not None:
+        shown["lr"] = lr
+    if batch_size is not None:
+        shown["batch_size"] = batch_size
+    shown.update(recipe or {})
+    parser = argparse.ArgumentParser(description=description)
+    files = parser.add_argument_group("files")
+    files.add_argument("--data", required=True, metavar="NAME|DIR",
+                       help="dataset folder in VOC's layout (README, Data)")
+    files.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR",
+                       help="gets a folder per dataset, with one per stage in it [%(default)s]")
+    files.add_argument("--overwrite", action="store_true",
+                       help="delete this stage's folder and start afresh; else the run goes on "
+                            "where it stopped")
+    method = parser.add_argument_group("method (changes results; defaults are the recipe)")
+    method.add_argument("--iters", type=int, metavar="N",
+                        help="iterations (optimizer steps); the rate falls to its end over all of "
+                             f"them, so a run cannot be lengthened later [{shown['iters']}]")
+    method.add_argument("--batch-size", type=int, default=batch_size, metavar="N",
+                        help="images an iteration, on all devices together; fewer need less memory "
+                             f"and make noisier steps [{shown['batch_size']}]")
+    method.add_argument("--crop", type=int, default=crop, metavar="PIXELS",
+                        help="side of the training crop, a multiple of 32; memory and time grow "
+                             "with its square, test sizes scale with it [%(default)s]")
+    method.add_argument("--lr", type=float, default=lr,
+                        help="base learning rate; too small hardly learns, too large ends in a "
+                             f"loss that is no number [{shown['lr']}]")
+    method.add_argument("--seed", type=int, default=0,
+                        help="of weights, order, augmentation and dropout: another one is another "
+                             "run of the same experiment [%(default)s]")
+    method.add_argument("--limit", type=int, metavar="N",
+                        help="use only the first N images of every list, for a quick try [all]")
+    method.add_argument("--split", metavar="LIST",
+                        help="training list [trainaug if there is one, else train]")
+    machine_options(parser)
+    return parser, method
 
 
-def backbone_options(method, arch):
-    method.add_argument("--arch", choices=("resnet18", "resnet50", "resnet101"), default=arch, help="backbone [%(default)s]")
-    method.add_argument("--weights", default="imagenet", help="imagenet (downloaded), none, or a ResNet's file [%(default)s]")
+def machine_options(parser):
+    """Add the options that change speed, not results."""
+    machine = parser.add_argument_group("machine (changes speed, not results beyond rounding)")
+    machine.add_argument("--device", default="auto",
+                         help="cpu, cuda, cuda:1, mps, or auto: the best there is [%(default)s]")
+    machine.add_argument("--amp", action="store_true",
+                         help="forward and backward in bfloat16, where the device has it: half the "
+                              "memory for activations; losses stay in float32")
+    machine.add_argument("--workers", type=int, metavar="N",
+                         help="processes that load images; more keep a fast device busy, each "
+                              "takes memory [0 on a CPU, else up to 8]")
+
+
+def backbone_options(method, arch: str):
+    """Add the options of stages 1 and 3, whose networks are ResNets."""
+    method.add_argument("--arch", choices=("resnet18", "resnet50", "resnet101"), default=arch,
+                        help="backbone; deeper is better and slower [%(default)s]")
+    method.add_argument("--weights", default="imagenet", metavar="imagenet|none|FILE",
+                        help="what it starts from: ImageNet's weights (downloaded), nothing, or a "
+                             "ResNet's file [%(default)s]")
+
+
+# smallest value that makes sense
+SMALLEST = {"iters": 1, "batch_size": 1, "crop": 64, "limit": 1, "seed": 0, "workers": 0, "lr": 1e-12}
 
 
 def open_run(args):
-    """What every stage starts with: dataset, machine, checked numbers, and the options left open filled in."""
-    for name, low in (("iters", 1), ("batch_size", 1), ("crop", 64), ("limit", 1), ("seed", 0), ("workers", 0), ("lr", 1e-12)):
+    """What every stage starts with: dataset and machine; options left open are filled in.
+
+    Raises ValueError for a number that makes no sense, before any work is done.
+    """
+    for name, smallest in SMALLEST.items():
         value = getattr(args, name)
-        if value is not None and not low <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: at least {low} is expected")
-    if args.crop % 32:  # the coarsest stride
+        if value is not None and not smallest <= value < math.inf:  # so NaN is refused too
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {value}: at least {smallest} is expected")
+    if args.crop % 32:  # the coarsest stride of any network here
         raise ValueError(f"--crop {args.crop}: a multiple of 32 is expected")
     data = find_dataset(args.data)
     args.split = args.split or data.training_split()
     machine = Machine(args.device, args.amp)
     if args.batch_size % machine.world:
-        raise ValueError(f"--batch-size {args.batch_size}: must divide among {machine.world} processes")
+        raise ValueError(f"--batch-size {args.batch_size}: must divide among {machine.world} "
+                         "processes")
     if args.workers is None:
-        args.workers = 0 if machine.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        args.workers = 0
+        if machine.device.type != "cpu":
+            args.workers = min(8, os.cpu_count() or 1)
     return data, machine
 
 
+# ===================================================================== stage 1's own command line
+
 def parse_args(argv=None):
-    p, method = common_options(__doc__.splitlines()[0], lr=None, batch_size=16, crop=512)
+    """The options of stage 1."""
+    recipe = {"iters": "5 epochs; VOC's 10,582 images: 3,305",
+              "lr": "0.1; with --weights none 0.01"}
+    parser, method = common_options(__doc__.splitlines()[0], lr=None, batch_size=16, crop=512,
+                                    recipe=recipe)
     backbone_options(method, "resnet50")
-    return p.parse_args(argv)
+    return parser.parse_args(argv)
 
 
 def main():
+    """Labels in, seeds out: check, train, write, and say what comes next."""
     args = parse_args()
     data, machine = open_run(args)
     ids = data.ids(args.split, args.limit)
-    labels = data.image_labels(ids)
+    labels = data.image_labels(ids)  # {id: class numbers from 1}
     if machine.main:
         check_inputs(data, ids)
     args.lr = args.lr or (0.01 if args.weights == "none" else 0.1)
-    args.iters = args.iters or 5 * max(1, len(ids) // args.batch_size)    # 5 epochs; VOC's 10,582 images: 3,305
+    args.iters = args.iters or 5 * max(1, len(ids) // args.batch_size)  # 5 epochs
+
     folder = args.runs / data.name / "1_cam"
-    start_run(folder, args, machine, {**data.digests(args.split, labels=json.dumps(labels)),
-                                      "weights": weights_digest(args.weights)})
-    if (folder / "preview.png").is_file():                                # written last
-        return print(f"{folder}: finished; --overwrite starts afresh")
+    digests = data.digests(args.split, labels=json.dumps(labels))
+    digests["weights"] = weights_digest(args.weights)
+    start_run(folder, args, machine, digests)
+    if is_finished(folder):
+        print(f"{folder}: finished; --overwrite starts afresh")
+        return
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # of the new layers' first weights
     model = Classifier(args.arch, args.weights, len(data.classes) - 1).to(machine.device)
-
-    def losses(model, image, y):
-        with machine.autocast():
-            score = model(image)                                                     # (B, K-1)
-        return {"loss_multilabel": F.multilabel_soft_margin_loss(score.float(), y)}  # mean over images and classes
-
-    facts = {"stage": "1_cam", "classes": list(data.classes)}
-    fit(model, LabelledImages(data, ids, labels, args.crop, args.seed), make_optimizer(model, args), losses,
-        poly(args.iters), args, machine, folder, facts)
+    train(model, data, ids, labels, args, machine, folder)
     write_seeds(model, data, ids, labels, args, machine, folder)
     if machine.main:
-        set_provenance(folder, dict(iters=args.iters, scales=[1, 0.5, 1.5, 2], flip=True, crf=False, label_filter=True))
-        rows = []
-        for i in preview_ids(ids):
-            image, cams = data.image(i), np.load(folder / "cams" / f"{i}.npz")["cam"]
-            shown = heat(cams.max(0), image.shape[:2]) if len(cams) else image
-            rows.append([image, shown, read_label(folder / "seeds" / f"{i}.png"), *truth_pictures(data, i)])
-        write_preview(folder / "preview.png", rows)
+        # label_filter: the image's labels have said which classes may appear
+        facts = dict(iters=args.iters, scales=list(CAM_SCALES), flip=True, crf=False,
+                     label_filter=True)
+        set_provenance(folder, facts)
+        preview(data, ids, folder)
+        mark_finished(folder)
         print(f"{folder}: {len(ids)} seeds. Next: python stage2_weakclip.py --data {args.data}")
 
 
