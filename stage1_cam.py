@@ -3,19 +3,21 @@
 run     python stage1_cam.py --data VOC2012
         torchrun --nproc_per_node 2 stage1_cam.py --data VOC2012    # any of the stages, on two GPUs
 reads   VOC2012/JPEGImages/<id>.jpg, VOC2012/image_labels.txt or else VOC2012/Annotations/<id>.xml
-writes  runs/VOC2012/1_cam/: cams/<id>.npz, seeds/<id>.png, checkpoint.pt, log.jsonl, args.json, preview.png
-cost    on VOC not measured
+writes  runs/VOC2012/1_cam/{cams/<id>.npz, seeds/<id>.png} and, as every stage,
+        runs/VOC2012/1_cam/{args.json, log.jsonl, checkpoint.pt, preview.png}
+cost    not measured on VOC
 
 A classifier learns from nothing but "this photo shows a dog and a person". Its last layer, applied
 at every place instead of to the mean over places, tells where it saw the dog: that is the CAM (Zhou
 et al., CVPR 2016). Thresholded it is the seed, which stage 2 turns into a mask. The recipe is IRN's
 (Ahn et al., CVPR 2019).
 
-Part I goes from labels to seeds and is this stage. Part II, the dense CRF, and part III, the engine
-room (device, run folder, training loop, preview, options), serve the stages after it as well: that a
-run resumes exactly, where a mask comes from, and what the lattice computes are explained and proven
-once. The one mask writer is stage 2's. `clip` reads weight files safely and digests them; `eval`
-knows the dataset folder and label PNGs, and writes files that appear whole or not at all.
+Part I goes from labels to seeds; it is this stage. Part II, the dense CRF, and part III, the engine
+room (device, run folder, training loop, preview, options), serve the later stages as well, and so
+does stage 2's mask writer: that a run resumes exactly, how masks are told apart, and what the
+lattice computes need to be written, explained and proven only once. From `clip` come weight files
+read safely and their digests; from `eval` the dataset folder, label PNGs, and files that appear
+whole or not at all.
 """
 import argparse
 import contextlib
@@ -253,7 +255,7 @@ def fix_batchnorm(model):
             module.eval()
 
 
-# ------------------------------------------------------------------------------------------ the data
+# ----------------------------------------------------------------------------------------- the data
 
 class LabelledImages(torch.utils.data.Dataset):
     """Item (index, sample) -> image (3, crop, crop) float32, normalised; target (K-1,) of 0 and 1.
@@ -333,7 +335,7 @@ def random_window(rng, length: int, size: int) -> int:
     return int(rng.integers(low, high + 1))
 
 
-# ----------------------------------------------------------------- how the classifier learns, a look
+# ---------------------------------------------------------------- how the classifier learns, a look
 
 def make_optimizer(model, args) -> torch.optim.Optimizer:
     """SGD with weight decay 1e-4 in two groups: the new layer learns ten times as fast.
@@ -393,7 +395,7 @@ def preview(data, ids, folder):
     write_preview(folder / "preview.png", rows)
 
 
-# ==================================================================== II. the dense CRF of all stages
+# ================================================================== II. the dense CRF of all stages
 # Fully connected CRF, mean-field inference (Kraehenbuehl and Koltun, NeurIPS 2011). All pairs of pixels are neighbours;
 # the sum over all of them is a Gaussian filter in feature space, done on a permutohedral lattice (Adams, Baek, Davis,
 # Eurographics 2010). The published WeakCLIP numbers were made with that lattice, so its approximation is part of the
@@ -525,11 +527,11 @@ def dense_crf(probs, image, gaussian=(3, 3), bilateral=(80, 13, 10), iterations=
     return Q.transpose(1, 2).unflatten(2, (H, W))
 
 
-# ====================================== III. engine room of all stages, to skip at a first reading
+# ======================================= III. engine room of all stages, to skip at a first reading
 # From here on nothing is about segmentation: where a run happens, how it is known again, how it goes
 # on after it was cut off, how it is looked at, and what can be asked of it. At the end: `main`.
 
-# ------------------------------------------------------------------------ one device, or several
+# --------------------------------------------------------------------------- one device, or several
 
 class Machine:
     """Where the run happens: device, precision, and this process's place among torchrun's.
@@ -545,7 +547,7 @@ class Machine:
         self.device = open_device(device)
         if self.world > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            # a process may check, download or write masks alone for longer than the usual 10 minutes
+            # a process may check or download alone for longer than the usual 10 minutes
             dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
         self.main = self.rank == 0
         self.amp = amp
@@ -662,13 +664,12 @@ def matmul_seconds(dtype, device) -> float:
     return min(times)
 
 
-# ------------------------------------------------------------------------------- the folder of a run
-# How provenance is kept. A stage's folder belongs to one run, and args.json says which: every option,
-# and the digests of what went in (lists, classes, labels, weights, seeds or masks). Whoever opens
-# the folder again must bring the same, or is refused: so all that lies in it was made by one recipe
-# from one input, although it may have been made in many sittings. When a stage has made its masks
-# or seeds, it adds how ("provenance"), and eval.py prints that beside every score. Last of all comes
-# "finished": true.
+# ------------------------------------------------------------------------------ the folder of a run
+# How provenance is kept. A stage's folder belongs to one run, and args.json says which: every
+# option, and the digests of what went in (lists, classes, labels, weights, seeds or masks). Whoever
+# opens the folder again must bring the same, or is refused: so all that lies in it was made by one
+# recipe from one input, in however many sittings. When a stage has made its seeds or masks, it adds
+# how ("provenance"), which eval.py prints beside every score. Last of all comes "finished": true.
 
 # options that change where or how fast things happen, but not what comes out (beyond rounding)
 MACHINE_OPTIONS = ("data", "runs", "overwrite", "device", "amp", "workers")
@@ -703,7 +704,7 @@ def start_run(folder: Path, args, machine, digests: dict[str, str], mask_options
 
 
 def refuse_another_run(folder, before, options, digests, mask_options):
-    """Raise ValueError that names the first option or digest in which args.json (before) differs."""
+    """Raise ValueError that names the first option or digest that differs from args.json's."""
     free = (*MACHINE_OPTIONS, *FILE_OPTIONS, *mask_options)
     now = {name: value for name, value in options.items() if name not in free}
     now.update(digests)
@@ -711,8 +712,8 @@ def refuse_another_run(folder, before, options, digests, mask_options):
     then.update(before["digests"])
     for name, value in now.items():
         if then.get(name) != value:
-            raise ValueError(f"{folder} was made with {name} = {then.get(name)}, now it is {value}; "
-                             "give --overwrite to start afresh, or another --runs")
+            raise ValueError(f"{folder} was made with {name} = {then.get(name)}, now it is "
+                             f"{value}; give --overwrite to start afresh, or another --runs")
 
 
 def commit() -> str | None:
@@ -761,10 +762,8 @@ def save_checkpoint(path, model, optimizer, step, facts, frozen):
 
     frozen: prefixes of names that are left out; facts: what tells this run from another.
     """
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(frozen):
-            state[name] = tensor
+    weights = model.state_dict()
+    state = {name: weights[name] for name in weights if not name.startswith(frozen)}
     value = dict(step=step, model=state, optimizer=optimizer.state_dict(), facts=facts)
     write_whole(path, lambda f: torch.save(value, f))
 
@@ -815,29 +814,29 @@ def resume(path, model, optimizer, facts, frozen) -> int:
     return saved["step"]
 
 
-# ------------------------------------------------------------------------------ the training loop
-# Why a resumed run is exact, bit for bit (on the same machine with as many threads). An iteration
+# -------------------------------------------------------------------------------- the training loop
+# Why a resumed run is exact, bit for bit (on the same machine, with as many threads). An iteration
 # depends on four things, and none of them is how long this process has been running:
-#   1. parameters, running statistics, optimizer state after the one before: in the checkpoint;
-#   2. which images are in the batch, and how they are augmented: `batch_plan` numbers all samples of
-#      the run, and sample s is a function of (seed, s);
+#   1. parameters, running statistics and optimizer after the one before: in the checkpoint;
+#   2. which images are in its batch, and how they are augmented: `batch_plan` numbers the samples
+#      of the whole run, and what becomes of sample s is a function of (seed, s);
 #   3. the network's own chance, dropout: seeded anew in every iteration by (seed, iteration);
 #   4. the learning rate: a function of the iteration.
-# One random stream that runs through the whole training would do as well, if its state were saved;
-# but every worker that loads images has one, each in another place. Seeds that are functions have no
-# state: nothing to save, nothing to forget, and any single sample can be made again to look at it.
+# One random stream through the whole training would do as well if its state were saved, but every
+# worker that loads images has one too, each in another place. Functions have no state: there is
+# nothing to save and nothing to forget, and any one sample can be made again to be looked at.
 
 SAVE_EVERY = 500  # iterations; what a cut costs at most
 LOG_EVERY = 10    # iterations
 
 
 def batch_plan(n: int, batch: int, seed: int, step: int, steps: int, machine):
-    """Yield this process's share of every batch, from iteration `step` on, `steps` in the whole run.
+    """Yield this process's share of every batch, from iteration `step` up to `steps`.
 
-    A batch is a list of (image index, sample number), for DataLoader(batch_sampler=...). Samples are
-    numbered from 0 through the run, `batch` to an iteration and n, the number of images, to an
-    epoch. Epoch e has the order that is drawn from (seed, e), so every image comes once an epoch,
-    and a batch may lie across two.
+    A batch is a list of (image index, sample number), for DataLoader(batch_sampler=...). Samples
+    are numbered from 0 through the whole run: `batch` of them to an iteration, and n, the number of
+    images, to an epoch. Epoch e has the order that is drawn from (seed, e); so every image comes
+    once an epoch, and a batch may lie across two.
     """
     epoch = None
     for iteration in range(step, steps):
@@ -859,7 +858,7 @@ def load_batches(dataset, args, step, machine):
 
 
 def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, frozen=()):
-    """Train `model`, from its checkpoint if there is one. The one training loop of all three stages.
+    """Train `model`, from its checkpoint if there is one: the training loop of all stages.
 
     dataset: item (index, sample number) -> tensors; losses(model, *batch) -> {name: scalar}, whose
     sum is minimised; rate(group, step) -> learning rate; facts: plain values that tell this run's
@@ -930,7 +929,7 @@ class Log:
             f.write(json.dumps(line) + "\n")
 
 
-# ------------------------------------------------------------------------------------- the preview
+# -------------------------------------------------------------------------------------- the preview
 
 def write_preview(path: Path, rows: list[list[np.ndarray]], height: int = 160):
     """Write rows of pictures (image | what went in | what came out | truth) as one PNG.
@@ -972,7 +971,7 @@ def preview_ids(ids: list[str], n: int = 8) -> list[str]:
     return ids[::max(1, len(ids) // n)][:n]
 
 
-# ------------------------------------------------------------------ the options that stages share
+# -------------------------------------------------------------------- the options that stages share
 
 def common_options(description: str, lr, batch_size, crop, recipe=None):
     """The parser with the options that all stages have, and its group "method".
@@ -1035,14 +1034,15 @@ def machine_options(parser):
 def backbone_options(method, arch: str):
     """Add the options of stages 1 and 3, whose networks are ResNets."""
     method.add_argument("--arch", choices=("resnet18", "resnet50", "resnet101"), default=arch,
-                        help="backbone; deeper is better and slower [%(default)s]")
+                        help="the backbone; a deeper one is slower and mostly better [%(default)s]")
     method.add_argument("--weights", default="imagenet", metavar="imagenet|none|FILE",
                         help="what it starts from: ImageNet's weights (downloaded), nothing, or a "
                              "ResNet's file [%(default)s]")
 
 
 # smallest value that makes sense
-SMALLEST = {"iters": 1, "batch_size": 1, "crop": 64, "limit": 1, "seed": 0, "workers": 0, "lr": 1e-12}
+SMALLEST = {"iters": 1, "batch_size": 1, "crop": 64, "limit": 1, "seed": 0, "workers": 0,
+            "lr": 1e-12}
 
 
 def open_run(args):
@@ -1070,7 +1070,7 @@ def open_run(args):
     return data, machine
 
 
-# ===================================================================== stage 1's own command line
+# ======================================================================= stage 1's own command line
 
 def parse_args(argv=None):
     """The options of stage 1."""

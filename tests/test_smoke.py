@@ -187,6 +187,27 @@ def test_weights_are_known_by_what_they_hold(call, dataset, tmp_path):
     assert "weights" in call("stage1_cam.py", *options, ok=False)
 
 
+def test_finished_is_what_args_json_says(call, dataset, tmp_path):
+    """No picture or mask says so; an args.json of before there was the word is taken up again, and nothing is made twice."""
+    options = ["--data", dataset, "--runs", tmp_path, *SMALL["stage1_cam.py"]]
+    folder = tmp_path / dataset.name / "1_cam"
+    assert not stage1.is_finished(folder)
+    stage1.mark_unfinished(folder)
+    assert not folder.exists()                                                        # nothing there to take back
+    assert "Next:" in call("stage1_cam.py", *options) and stage1.is_finished(folder)
+    args = read_json(folder / "args.json")
+    (folder / "preview.png").unlink()
+    assert "finished" in call("stage1_cam.py", *options) and not (folder / "preview.png").exists()
+    made = {p: p.stat().st_mtime_ns for p in [*folder.glob("*/*"), folder / "checkpoint.pt"]}
+    evaluation.write_json(folder / "args.json", {k: v for k, v in args.items() if k != "finished"})
+    assert not stage1.is_finished(folder) and "Next:" in call("stage1_cam.py", *options) and stage1.is_finished(folder)
+    assert (folder / "preview.png").is_file() and made == {p: p.stat().st_mtime_ns for p in made}
+    stage1.mark_unfinished(folder)
+    assert not stage1.is_finished(folder) and read_json(folder / "args.json") == {**args, "finished": False}
+    stage1.mark_finished(folder)
+    assert read_json(folder / "args.json") == args
+
+
 def test_overwrite_starts_afresh(chain, call, tmp_path):
     folder, options = copy_runs(chain, tmp_path)
     call("stage3_segment.py", *options["stage3_segment.py"], "--iters", 2, "--overwrite")
