@@ -14,10 +14,10 @@ et al., CVPR 2016). Thresholded it is the seed, which stage 2 turns into a mask.
 
 Part I goes from labels to seeds; it is this stage. Part II, the dense CRF, and part III, the engine
 room (device, run folder, training loop, preview, options), serve the later stages as well, and so
-does stage 2's mask writer: that a run resumes exactly, how masks are told apart, and what the
-lattice computes need to be written, explained and proven only once. From `clip` come weight files
-read safely and their digests; from `eval` the dataset folder, label PNGs, and files that appear
-whole or not at all.
+does stage 2's mask writer: that a run resumes exactly, that no stale mask passes for a fresh one,
+and what the lattice computes need to be written, explained and proven only once.
+From `clip` come weight files read safely and their digests; from `eval` the dataset folder, label
+PNGs, and files that appear whole or not at all.
 """
 import argparse
 import contextlib
@@ -53,6 +53,7 @@ CAM_SCALES = (1, 0.5, 1.5, 2)  # sizes at which a photo is looked at, relative t
 class Classifier(nn.Module):
     """Class scores (B, K-1) of a batch of images, and, from the same weights, the CAM: `maps`.
 
+    K counts the classes with background, which is no class of an image and has no score here.
     A ResNet gives features x[u] (C,) at every place u of a grid; with w[k] (C,) for class k,
 
         score[k] = < w[k], mean_u x[u] > = mean_u < w[k], x[u] > = mean_u map[k, u]
@@ -82,8 +83,7 @@ class Classifier(nn.Module):
     def maps(self, image):
         """The CAM before any scaling: evidence for each class at each place (B, K-1, h, w).
 
-        image (B, 3, H, W), normalised; h = H/16, w = W/16. Class k of the dataset is channel k-1:
-        background is no class of an image, so it has no channel.
+        image (B, 3, H, W), normalised; h = H/16, w = W/16. Class k of the dataset is channel k-1.
         """
         x = self.stem(image)       # (B, 64, H/4, W/4)
         x = self.layer1(x)         # (B, C1, H/4, W/4)
@@ -138,11 +138,9 @@ def class_maps(model, image: np.ndarray, classes: list[int], crop: int, machine)
 
 
 def view_scale(H: int, W: int, crop: int) -> float:
-    """The factor that brings a photo of H x W pixels to a size that training has shown.
-
-    GUESS the long side ends between the mean, 0.9375 crop, and the largest, 1.25 crop (480 to 640
-    pixels at crop 512, so that nearly all of VOC's photos stay as they are).
-    """
+    """The factor that brings a photo of H x W pixels to a size that training has shown."""
+    # GUESS the long side ends between training's mean, 0.9375 crop, and its largest, 1.25 crop: 480
+    # to 640 pixels at crop 512, so that nearly all of VOC's photos stay as they are
     long_side = max(H, W)
     smallest = 0.9375 * crop / long_side
     largest = 1.25 * crop / long_side
@@ -169,7 +167,8 @@ def cam_scores(cams, size: tuple[int, int], background: float = 0.15) -> torch.T
 def seeds_from_cams(classes, cams, size: tuple[int, int], background: float = 0.15) -> np.ndarray:
     """The seed (H, W) uint8: at each pixel the class with the largest score, 0 for background.
 
-    classes (J,) numbers from 1, cams (J, h, w) in [0, 1], size (H, W).
+    classes (J,) numbers from 1, cams (J, h, w) in [0, 1], size (H, W). Every pixel gets a class;
+    255, unsure, is for the seeds of other methods.
     """
     numbers = np.concatenate([[0], classes]).astype(np.uint8)                    # (1 + J,)
     winner = cam_scores(cams, size, background).argmax(0).numpy()                # (H, W) in 0..J
@@ -207,8 +206,9 @@ def resnet(arch: str, weights: str, dilations: tuple[int | None, int | None]) ->
     convolutions by d. Raises ValueError where the file does not fit.
 
     A ResNet made for classification ends at 1/32 of the image's size, too coarse for a map. Without
-    a stride the grid stays fine, and dilation gives each 3x3 filter the reach back that it was
-    trained with. Done by hand, since torchvision refuses it in ResNet-18's blocks.
+    a stride the grid stays fine, but a 3x3 filter now sees half as far on the photo; dilated by 2
+    (by 4 after two such layers) it has its old reach again. Stage 3 does so; stage 1 does without
+    (d = 1), as IRN. By hand, since torchvision refuses dilation in ResNet-18's blocks.
     """
     net = getattr(torchvision.models, arch)()
     if weights == "imagenet":
@@ -260,9 +260,9 @@ def fix_batchnorm(model):
 class LabelledImages(torch.utils.data.Dataset):
     """Item (index, sample) -> image (3, crop, crop) float32, normalised; target (K-1,) of 0 and 1.
 
-    The image is resized to a long side of U(0.625, 1.25) crop, mirrored every other time, and cut
-    or padded to the crop. labels: {id: class numbers from 1}; index: which of the ids; sample: the
-    number that `batch_plan` gave it, from which all chance is drawn.
+    The image is resized to a long side of U(0.625, 1.25) crop, mirrored with probability 0.5,
+    and cut or padded to the crop. labels: {id: class numbers from 1}; index: which of the ids;
+    sample: the number that `batch_plan` gave it, from which all chance is drawn.
     """
 
     def __init__(self, data, ids, labels, crop, seed):
@@ -348,7 +348,7 @@ def make_optimizer(model, args) -> torch.optim.Optimizer:
         if parameter.requires_grad and not name.startswith("classifier."):
             old.append(parameter)
     # IRN's code hands its weight decay to SGD's momentum slot, so its real momentum is 1e-4: with
-    # ImageNet weights ours is 0
+    # ImageNet weights ours is 0. From nothing, where IRN has no recipe, it is the usual 0.9.
     momentum = 0 if model.pretrained else 0.9
     groups = [{"params": old, "base_lr": args.lr}, {"params": new, "base_lr": 10 * args.lr}]
     return torch.optim.SGD(groups, lr=args.lr, momentum=momentum, weight_decay=1e-4)
@@ -387,11 +387,11 @@ def preview(data, ids, folder):
     for image_id in preview_ids(ids):
         image = data.image(image_id)
         cams = np.load(folder / "cams" / f"{image_id}.npz")["cam"]      # (J, h, w)
-        went_in = image
+        evidence = image
         if len(cams):
-            went_in = heat(cams.max(0), image.shape[:2])                # (H, W, 3)
+            evidence = heat(cams.max(0), image.shape[:2])               # (H, W, 3)
         seed = read_label(folder / "seeds" / f"{image_id}.png")         # (H, W)
-        rows.append([image, went_in, seed, *truth_pictures(data, image_id)])
+        rows.append([image, evidence, seed, *truth_pictures(data, image_id)])
     write_preview(folder / "preview.png", rows)
 
 
@@ -688,7 +688,7 @@ def start_run(folder: Path, args, machine, digests: dict[str, str], mask_options
     for name, value in vars(args).items():
         options[name] = str(value) if isinstance(value, Path) else value
     if args.overwrite and machine.main and folder.exists():
-        mark_unfinished(folder)  # should the next line be cut off, what is left passes for no run
+        mark_unfinished(folder)  # if deleting is cut off, what is left passes for no result
         shutil.rmtree(folder)
     machine.wait()
     before = read_args(folder)
@@ -735,10 +735,10 @@ def set_provenance(folder: Path, facts: dict, options=()):
 
 
 def is_finished(folder: Path) -> bool:
-    """True if the stage's last act has been done in this folder.
+    """True if the stage's last act has been done in this folder: args.json has "finished": true.
 
-    args.json says so and nothing else does: a picture or a mask may be there from a run that was
-    cut off. Older runs lack the word and are taken up again, which is cheap: what exists is done.
+    Nothing else says so: a picture or a mask may be there from a run that was cut off. Older runs
+    lack the word and are taken up again, which is cheap: what exists is done.
     """
     return read_args(folder).get("finished", False)
 
@@ -825,6 +825,11 @@ def resume(path, model, optimizer, facts, frozen) -> int:
 # One random stream through the whole training would do as well if its state were saved, but every
 # worker that loads images has one too, each in another place. Functions have no state: there is
 # nothing to save and nothing to forget, and any one sample can be made again to be looked at.
+#
+# The order within an iteration: rate, batch, forward, loss, check, backward, average, step, log,
+# save. The check stands before the step, since a NaN that has reached the weights never leaves
+# them: so the last checkpoint is sound. The log comes before the checkpoint: a cut between the two
+# leaves lines too many, which are dropped and come again, and never a line too few.
 
 SAVE_EVERY = 500  # iterations; what a cut costs at most
 LOG_EVERY = 10    # iterations
@@ -875,13 +880,13 @@ def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, f
     bar = tqdm(total=args.iters, initial=done, desc=folder.name, disable=not machine.main)
     model.train()
     for step, batch in enumerate(load_batches(dataset, args, done, machine), start=done):
-        torch.manual_seed((args.seed << 32) + step * machine.world + machine.rank)  # dropout's
+        torch.manual_seed((args.seed << 32) + step * machine.world + machine.rank)  # for dropout
         for group in optimizer.param_groups:
             group["lr"] = rate(group, step)
         batch = [tensor.to(machine.device, non_blocking=True) for tensor in batch]
         terms = losses(model, *batch)
         loss = sum(terms.values())
-        check_loss(loss, terms, step)  # before backward: a NaN in the weights never leaves them
+        check_loss(loss, terms, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         machine.average_gradients(parameters)
@@ -920,9 +925,9 @@ class Log:
         write_text(path, "".join(kept))
         self.path = path
 
-    def __call__(self, step: int, rate: float, loss, terms: dict):
+    def __call__(self, step: int, lr: float, loss, terms: dict):
         """Add a line."""
-        line = {"step": step, "lr": round(rate, 8), "loss": round(loss.item(), 8)}
+        line = {"step": step, "lr": round(lr, 8), "loss": round(loss.item(), 8)}
         for name, term in terms.items():
             line[name] = round(term.item(), 8)
         with open(self.path, "a") as f:
