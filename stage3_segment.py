@@ -1,182 +1,276 @@
-"""Stage 3: an ordinary segmentation network, trained on the pseudo masks as if they were ground truth.
+"""Stage 3: an ordinary segmentation network, trained on the pseudo masks as on true ones.
 
 run     python stage3_segment.py --data VOC2012
-reads   VOC2012/JPEGImages/<id>.jpg, runs/VOC2012/2_weakclip/masks/<split>/<id>.png (or --masks DIR)
-writes  runs/VOC2012/3_segment/{args.json, log.jsonl, checkpoint.pt, masks/<split>/<id>.png, preview.png}
+reads   VOC2012/JPEGImages/<id>.jpg
+        runs/VOC2012/2_weakclip/masks/<split>/<id>.png (or --masks DIR)
+writes  runs/VOC2012/3_segment/{args.json, log.jsonl, checkpoint.pt, preview.png}
+        runs/VOC2012/3_segment/masks/<split>/<id>.png
 
-Stage 2 has seen its training images' labels; this network needs nothing but the photo, so it is what val and test judge.
-DeepLabV2 (Chen et al., TPAMI 2018) on a torchvision ResNet; the released code has DeepLabV1 on ResNet-38d instead.
+Stage 2 learned from the image-level labels of the very photos that it then masked. The network
+here needs nothing but a photo, so it is what the lists val and test judge: what the masks were
+worth. DeepLabV2 (Chen et al., TPAMI 2018) on a torchvision ResNet; the released code has DeepLabV1
+on ResNet-38d instead.
+
+The training loop and the run folder come from stage1_cam.py, the writing of masks with its CRF from
+stage2_weakclip.py: all stages share them, because exact resume must be written only once. What is
+left for this file is what makes stage 3 different: its network, its data and its recipe.
 """
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from eval import IGNORE, check_inputs, dataset_name, folder_digest, read_label, run
-from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, common_options, crop_or_pad, fit,
-                        fix_batchnorm, load_trained, normalise, open_run, poly, preview_ids, random_window, read_checkpoint,
-                        resnet, start_run, truth_pictures, weights_digest, write_preview)
-from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_options, mask_photos, masks_are_current,
-                             mean_cross_entropy, resize, resize_image, write_all_masks)
+from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, common_options,
+                        crop_or_pad, fit, fix_batchnorm, load_trained, mark_finished, normalise,
+                        open_run, poly, preview_ids, random_window, read_checkpoint, resnet,
+                        start_run, truth_pictures, weights_digest, write_preview)
+from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_facts, mask_options,
+                             mask_photos, masks_are_current, mean_cross_entropy, open_masks, resize,
+                             resize_image, write_all_masks)
 
-# (Gaussian sxy, weight), (bilateral sxy, srgb, weight) at test
+# Of the CRF at test: (Gaussian sxy, weight), (bilateral sxy, srgb, weight).
 SEGMENT_CRF = {"VOC2012": ((1, 3), (112, 2, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
 
 
-# ================================================================================================================ model
+# ======================================================================================== model
 
 class DeepLab(nn.Module):
-    """ResNet at output stride 8 and DeepLabV2's head: four 3x3 convolutions, dilated by 6, 12, 18 and 24, summed."""
+    """ResNet at output stride 8 and DeepLabV2's head: photo (B, 3, H, W) -> (B, K, H/8, W/8).
 
-    def __init__(self, arch, weights, classes):
+    arch: "resnet18", "resnet50" or "resnet101"; weights: as `--weights`; classes: K.
+    """
+
+    def __init__(self, arch: str, weights: str, classes: int):
         super().__init__()
+        # A classifier's ResNet ends at stride 32. Its last two stages keep stride 8 here and are
+        # dilated instead, by 2 and 4: they see as far as before, but in finer steps.
         net = resnet(arch, weights, (2, 4))
         self.pretrained = weights != "none"
-        self.backbone = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3, net.layer4)
-        self.classifier = nn.ModuleList(
-            nn.Conv2d(net.fc.in_features, classes, 3, padding=d, dilation=d) for d in (6, 12, 18, 24))
+        self.backbone = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool,
+                                      net.layer1, net.layer2, net.layer3, net.layer4)
+        # Four views of the same features, from 13 to 49 cells wide: an object is judged by its
+        # surroundings, near and far.
+        self.classifier = nn.ModuleList()
+        for d in (6, 12, 18, 24):
+            conv = nn.Conv2d(net.fc.in_features, classes, 3, padding=d, dilation=d)
+            self.classifier.append(conv)
         for conv in self.classifier:
             nn.init.normal_(conv.weight, std=0.01)  # GUESS DeepLab's own start
             nn.init.zeros_(conv.bias)
 
     def train(self, mode=True):
+        """As in torch, but ImageNet's BatchNorm statistics stay.
+
+        A batch of 16 crops would estimate them less well than 1.3 million photos did.
+        """
         super().train(mode)
         if self.pretrained:
             fix_batchnorm(self)
         return self
 
-    def forward(self, image):
-        """(B, 3, H, W) -> logits (B, K, H/8, W/8)."""
-        x = self.backbone(image)
-        return sum(conv(x) for conv in self.classifier)
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, K, H/8, W/8) of normalised images (B, 3, H, W)."""
+        x = self.backbone(image)  # (B, C, H/8, W/8)
+        return sum(conv(x) for conv in self.classifier)  # (B, K, H/8, W/8)
 
 
-def make_optimizer(model, lr):
+def make_optimizer(model: DeepLab, lr: float) -> torch.optim.Optimizer:
     """SGD with momentum 0.9, weight decay 5e-4; the new layers learn ten times as fast."""
-    groups = [{"params": list(model.backbone.parameters()), "base_lr": lr},
-              {"params": list(model.classifier.parameters()), "base_lr": 10 * lr}]
+    groups = [
+        {"params": list(model.backbone.parameters()), "base_lr": lr},
+        {"params": list(model.classifier.parameters()), "base_lr": 10 * lr}]
     return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=5e-4)
 
 
-# ================================================================================================================= data
+# ========================================================================================= data
 
 class MaskedImages(torch.utils.data.Dataset):
-    """Item (index, sample) -> image (3, crop, crop) normalised, mask (crop, crop) int64: scale U(0.5, 1.5), flip, crop."""
+    """Item (index, sample number) -> image (3, crop, crop) float32, mask (crop, crop) int64.
 
-    def __init__(self, data, ids, masks, crop, seed):
-        self.data, self.ids, self.masks, self.crop, self.seed = data, ids, masks, crop, seed
+    data: the dataset folder; ids: images to learn from; masks: folder of their label PNGs.
+    """
+
+    def __init__(self, data, ids: list[str], masks: Path, crop: int, seed: int):
+        self.data = data
+        self.ids = ids
+        self.masks = masks
+        self.crop = crop
+        self.seed = seed
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, item):
         index, sample = item
+        # All that is random about a sample is a function of its number, so that a resumed run
+        # draws the same; the 3 makes it another stream than those of stages 1 and 2.
         rng = np.random.default_rng([self.seed, sample, 3])
-        i, crop = self.ids[index], self.crop
-        image = self.data.image(i)
-        mask = read_label(self.masks / f"{i}.png", len(self.data.classes), image.shape[:2])
+        image_id, crop = self.ids[index], self.crop
+        image = self.data.image(image_id)  # (H, W, 3)
+        path = self.masks / f"{image_id}.png"
+        mask = read_label(path, len(self.data.classes), image.shape[:2])  # (H, W)
+
         scale = rng.uniform(0.5, 1.5)
-        size = tuple(max(1, round(n * scale)) for n in mask.shape)
-        image, mask = resize_image(image, size), np.array(Image.fromarray(mask).resize(size[::-1], Image.NEAREST))
+        size = tuple(max(1, round(side * scale)) for side in mask.shape)  # (h, w)
+        image = resize_image(image, size)  # (h, w, 3)
+        # Class numbers cannot be mixed, so the mask takes the nearest pixel. Pillow wants (w, h).
+        mask = np.array(Image.fromarray(mask).resize(size[::-1], Image.NEAREST))  # (h, w)
         if rng.random() < 0.5:
-            image, mask = image[:, ::-1], mask[:, ::-1]
-        top, left = (random_window(rng, n, crop) for n in size)  # GUESS padding falls on any side
-        x = normalise(image, IMAGENET_MEAN, IMAGENET_STD)
-        y = torch.from_numpy(mask.astype(np.int64))
+            image = image[:, ::-1]
+            mask = mask[:, ::-1]
+        # GUESS padding falls on any side, where an image is smaller than the crop
+        top = random_window(rng, size[0], crop)
+        left = random_window(rng, size[1], crop)
+        x = normalise(image, IMAGENET_MEAN, IMAGENET_STD)  # (3, h, w)
+        y = torch.from_numpy(mask.astype(np.int64))  # (h, w)
         return crop_or_pad(x, crop, top, left, 0), crop_or_pad(y, crop, top, left, IGNORE)
 
 
-# ============================================================================================================ inference
+# ===================================================================================== training
 
-def predictor(model, args, machine):
-    """photo (H, W, 3) uint8 -> class probabilities (K, H, W): softmax of the mean logits over scales and mirror images."""
+def train(model: DeepLab, data, ids: list[str], args, machine: Machine, folder: Path):
+    """Train on the masks, from the folder's last checkpoint if there is one.
+
+    The loop is stage 1's `fit`; here are its loss and its recipe.
+    """
+    def losses(model, image, mask):
+        with machine.autocast():
+            logits = model(image)  # (B, K, H/8, W/8)
+        # GUESS the loss is taken at the mask's size: the logits are upsampled, and not the mask
+        # reduced, which would lose what is thinner than 8 pixels
+        logits = resize(logits.float(), mask.shape[1:])  # (B, K, H, W)
+        return {"loss_cross_entropy": mean_cross_entropy(logits, mask)}
+
+    facts = {"stage": "3_segment", "classes": list(data.classes), "arch": args.arch}
+    samples = MaskedImages(data, ids, args.masks, args.crop, args.seed)
+    fit(model, samples, make_optimizer(model, args.lr), losses, poly(args.iters), args, machine,
+        folder, facts)
+
+
+# ==================================================================================== inference
+
+def predictor(model: DeepLab, args, machine: Machine):
+    """predict(photo (H, W, 3) uint8) -> class probabilities (K, H, W), over all views.
+
+    Softmax of the mean logits over scales and mirror images, as the released code has it here;
+    stage 2 takes the mean of probabilities.
+    """
     model.to(machine.device).eval()
+    mean_std = (IMAGENET_MEAN, IMAGENET_STD)
 
     @torch.no_grad()
     def predict(image):
-        total = 0
-        for x, mirrored in make_views(image, args.scales, not args.no_flip, (IMAGENET_MEAN, IMAGENET_STD)):
+        total, count = 0, 0
+        for x, mirrored in make_views(image, args.scales, not args.no_flip, mean_std):
             with machine.autocast():
-                logits = model(x.to(machine.device))
-            logits = resize(logits.float(), image.shape[:2])
-            total = total + (logits.flip(3) if mirrored else logits)
-        return (total / (len(args.scales) * (1 if args.no_flip else 2))).softmax(1)[0]
+                logits = model(x.to(machine.device))  # (1, K, h/8, w/8)
+            logits = resize(logits.float(), image.shape[:2])  # (1, K, H, W)
+            if mirrored:
+                logits = logits.flip(3)
+            total = total + logits
+            count += 1
+        return (total / count).softmax(1)[0]  # (K, H, W)
     return predict
 
 
-# ========================================================================================================= command line
+# ================================================================================= command line
 
 def parse_args(argv=None):
-    p, method = common_options(__doc__.splitlines()[0], lr=None, batch_size=16, crop=448)
+    """The command line's options; argv None for the real one."""
+    description = __doc__.splitlines()[0]
+    parser, method = common_options(description, lr=None, batch_size=16, crop=448)
     backbone_options(method, "resnet101")
-    method.add_argument("--masks", type=Path, metavar="DIR", help="label PNGs [stage 2's]; true masks give an upper bound")
-    p.add_argument("--predict", default="val", metavar="LIST,LIST", help="lists to predict [%(default)s]")
-    mask_options(p, [0.5, 0.75, 1.0, 1.25, 1.5])
-    return p.parse_args(argv)
+    method.add_argument(
+        "--masks", type=Path, metavar="DIR",
+        help="folder of label PNGs <id>.png to learn from; true masks give an upper bound "
+             "[stage 2's]")
+    parser.add_argument(
+        "--predict", default="val", metavar="LIST,LIST",
+        help="lists whose masks are written; a finished run predicts further ones without "
+             "training again [%(default)s]")
+    mask_options(parser, [0.5, 0.75, 1.0, 1.25, 1.5])
+    return parser.parse_args(argv)
 
 
 def label_photos(args):
     """`--images`: needs the run's checkpoint, but no dataset."""
-    machine, folder = Machine(args.device, args.amp), args.runs / dataset_name(args.data) / "3_segment"
+    machine = Machine(args.device, args.amp)
+    folder = args.runs / dataset_name(args.data) / "3_segment"
     path = folder / "checkpoint.pt"
     saved = read_checkpoint(path)
-    if saved["facts"].get("stage") != "3_segment":
+    facts = saved["facts"]
+    if facts.get("stage") != "3_segment":
         raise ValueError(f"{path}: not a checkpoint of stage 3")
-    model = DeepLab(saved["facts"]["arch"], "none", len(saved["facts"]["classes"]))
+    model = DeepLab(facts["arch"], "none", len(facts["classes"]))
     load_trained(model, saved["model"])
-    mask_photos(predictor(model, args, machine), args, saved["step"], path, folder, machine, mask_crf(args, SEGMENT_CRF))
+    predict = predictor(model, args, machine)
+    mask_photos(predict, args, saved["step"], path, folder, machine, mask_crf(args, SEGMENT_CRF))
 
 
-def train(model, data, ids, args, machine, folder):
-    """Train on the masks, from the last checkpoint if there is one."""
-    def losses(model, image, mask):
-        with machine.autocast():
-            logits = model(image)
-        # GUESS the loss is taken at the mask's size: the logits are upsampled, not the mask reduced
-        return {"loss_cross_entropy": mean_cross_entropy(resize(logits.float(), mask.shape[1:]), mask)}
-
-    facts = {"stage": "3_segment", "classes": list(data.classes), "arch": args.arch}
-    fit(model, MaskedImages(data, ids, args.masks, args.crop, args.seed), make_optimizer(model, args.lr), losses,
-        poly(args.iters), args, machine, folder, facts)
+def preview(data, split: str, ids: list[str], folder: Path):
+    """Write preview.png: photo | prediction | true mask, of some predicted images."""
+    rows = []
+    for image_id in preview_ids(ids):
+        mask = read_label(folder / "masks" / split / f"{image_id}.png")
+        rows.append([data.image(image_id), mask, *truth_pictures(data, image_id)])
+    write_preview(folder / "preview.png", rows)
 
 
-def preview(data, ids, split, folder):
-    """image | prediction | truth, of some predicted images."""
-    write_preview(folder / "preview.png", [
-        [data.image(i), read_label(folder / "masks" / split / f"{i}.png"), *truth_pictures(data, i)] for i in preview_ids(ids)])
+def prepare(args):
+    """Fill in the recipe, and check all input -> (data, machine, ids, lists).
+
+    ids: images to learn from; lists: {split: ids} of the masks to be made. Raises ValueError.
+    """
+    data, machine = open_run(args)
+    if args.lr is None:
+        args.lr = 5e-3
+    if args.iters is None:
+        args.iters = 20_000
+    if args.masks is None:
+        args.masks = args.runs / data.name / "2_weakclip" / "masks" / args.split
+    ids = data.ids(args.split, args.limit)
+    lists = {split: data.ids(split, args.limit) for split in args.predict.split(",")}
+    if machine.main:
+        if args.masks.name.startswith("SegmentationClass"):
+            print(f"--masks {args.masks}: true masks; "
+                  "this run is an upper bound, not weakly supervised")
+        check_inputs(data, ids, args.masks)
+        # Photos that are only predicted need no mask.
+        predicted = set().union(*lists.values())
+        check_inputs(data, sorted(predicted - set(ids)))
+    return data, machine, ids, lists
 
 
 def main():
+    """Train, predict, show some; continue where an earlier run of the command stopped."""
     args = parse_args()
     if args.images:
         return label_photos(args)
-    data, machine = open_run(args)
-    args.lr = args.lr or 5e-3
-    args.iters = args.iters or 20_000
-    args.masks = args.masks or args.runs / data.name / "2_weakclip" / "masks" / args.split
-    folder, ids, splits = args.runs / data.name / "3_segment", data.ids(args.split, args.limit), args.predict.split(",")
-    predicted = {split: data.ids(split, args.limit) for split in splits}
-    if args.masks.name.startswith("SegmentationClass") and machine.main:
-        print(f"--masks {args.masks}: true masks; this run is an upper bound, not weakly supervised")
-    if machine.main:
-        check_inputs(data, ids, args.masks)
-        check_inputs(data, sorted(set().union(*predicted.values()) - set(ids)))
+    data, machine, ids, lists = prepare(args)
+    folder = args.runs / data.name / "3_segment"
+    inputs = {"masks": folder_digest(args.masks, ids), "weights": weights_digest(args.weights)}
+    # Which lists are predicted changes nothing in the model: a finished run predicts further ones.
+    start_run(folder, args, machine, {**data.digests(args.split), **inputs},
+              (*MASK_OPTIONS, "predict"))
 
-    # which lists are predicted changes nothing in the model: a finished run predicts further ones
-    came_from = {"masks": folder_digest(args.masks, ids), "weights": weights_digest(args.weights)}
-    start_run(folder, args, machine, {**data.digests(args.split), **came_from}, (*MASK_OPTIONS, "predict"))
-    written = all((folder / "masks" / s / f"{i}.png").is_file() for s, of in predicted.items() for i in of)
-    if masks_are_current(folder, args, args.iters, machine) and written:
-        return print(f"{folder}: finished; --overwrite starts afresh")
+    made = mask_facts(args, args.iters)
+    if masks_are_current(folder, made, lists):
+        print(f"{folder}: finished; --overwrite starts afresh")
+        return
+    open_masks(folder, made, args, machine)
     torch.manual_seed(args.seed)
     model = DeepLab(args.arch, args.weights, len(data.classes)).to(machine.device)
     train(model, data, ids, args, machine, folder)
-    write_all_masks(predictor(model, args, machine), data, splits, folder, args, machine, mask_crf(args, SEGMENT_CRF))
+    predict = predictor(model, args, machine)
+    write_all_masks(predict, data, lists, folder, args, machine, mask_crf(args, SEGMENT_CRF))
     if machine.main:
-        preview(data, predicted[splits[0]], splits[0], folder)
-        print(f"{folder}: masks of {', '.join(splits)}. Next: python eval.py --data {args.data}")
+        split, predicted = next(iter(lists.items()))
+        preview(data, split, predicted, folder)
+        mark_finished(folder)
+        print(f"{folder}: masks of {', '.join(lists)}. Next: python eval.py --data {args.data}")
 
 
 if __name__ == "__main__":

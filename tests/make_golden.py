@@ -250,9 +250,9 @@ def losses(g, logits, score, size):
     p = p / p.sum(1, keepdim=True)
     zoom = (1, *(n / m for n, m in zip(size, g["img"].shape[2:])))  # corner-aligned; float64, then rounded to float32
     small = torch.from_numpy(np.stack([scipy.ndimage.zoom(x.numpy(), zoom, order=1) for x in g["img"]]))
-    guide = (small * per_channel(g["img_std"]) + per_channel(g["img_mean"])).clamp(0, 255).byte().permute(0, 2, 3, 1)
+    crf_image = (small * per_channel(g["img_std"]) + per_channel(g["img_mean"])).clamp(0, 255).byte().permute(0, 2, 3, 1)
     crf_in = p.detach().float()
-    raw = torch.stack([dense_crf(a, b, 1e-4, IN_LOSS) for a, b in zip(crf_in, guide)])
+    raw = torch.stack([dense_crf(a, b, 1e-4, IN_LOSS) for a, b in zip(crf_in, crf_image)])
     q = raw.double().clamp(min=1e-4)
     q = q / q.sum(1, keepdim=True)
     seeds, y = g["gt"][:, 0], nearest(g["gt"][:, 0], size)
@@ -267,7 +267,7 @@ def losses(g, logits, score, size):
             "aux_identity.loss_ce": g["config"]["identity_loss_weight"] * ce}
     record = {"losses." + k: v.detach() for k, v in loss.items()} | {"loss_total": sum(loss.values()).detach()}
     record["losses.aux_identity.acc_seg"] = 100 * (logp.argmax(1) == seeds).double().mean()[None]
-    return loss, record | {"crf_image_uint8": guide, "crf_probs_in": crf_in, "crf_q": raw, "crf_result_log": q.log()}
+    return loss, record | {"crf_image_uint8": crf_image, "crf_probs_in": crf_in, "crf_q": raw, "crf_result_log": q.log()}
 
 
 def training(g, s):

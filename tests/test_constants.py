@@ -139,7 +139,7 @@ def test_the_released_list_has_the_train_images_twice(voc, clip_file, start):
 
 
 def test_normalisation_is_clips_in_paper_and_imagenets_in_released(voc, clip_file, start, monkeypatch):
-    """In the samples, in the guide image of the boundary loss, and in inference."""
+    """In the samples, in the image of the boundary loss's CRF, and in inference."""
     clips = tuple(tuple(255 * v for v in numbers) for numbers in CLIP_NUMBERS)
     for variant, expected in (("paper", clips), ("released", IMAGENET_NUMBERS)):
         run = start(stage2, voc, "--seeds", voc / "seeds", "--clip", clip_file, "--crop", 64, "--variant", variant)
@@ -319,7 +319,7 @@ def test_losses_are_at_an_eighth_and_their_crf_sees_training_logits_and_the_augm
     x, y = torch.cat([x, x], 3), torch.cat([y, y], 2)                                # (2, 3, 64, 128)
     passes, crf, at = [], [], {}
     run.model.register_forward_hook(lambda m, i, o: passes.append((m.training, m.decoder.training, i[0], *o)))
-    monkeypatch.setattr(stage2, "dense_crf", lambda p, guide, **k: crf.append((p, guide, k)) or p)
+    monkeypatch.setattr(stage2, "dense_crf", lambda p, small, **k: crf.append((p, small, k)) or p)
     for name in ("loss_labels", "mean_cross_entropy"):
         real = getattr(stage2, name)
         noted = lambda a, b, *c, name=name, real=real: at.update({name: (a, b)}) or real(a, b, *c)
@@ -327,9 +327,9 @@ def test_losses_are_at_an_eighth_and_their_crf_sees_training_logits_and_the_augm
     terms = run.losses(run.model.train(), x, y)
     (training, decoder, image, logits, _), = passes                                  # one pass, none for the CRF alone
     assert training and decoder and image is x and list(terms) == ["loss_seeding", "loss_boundary", "loss_score"]
-    (p, guide, constants), = crf
+    (p, small, constants), = crf
     torch.testing.assert_close(p, stage2.loss_probs(logits, (8, 16)).clamp(min=1e-4).detach())
-    assert torch.equal(guide, stage2.guide_image(x, (8, 16), stage2.CLIP_MEAN, stage2.CLIP_STD)) and not p.requires_grad
+    assert torch.equal(small, stage2.crf_image(x, (8, 16), stage2.CLIP_MEAN, stage2.CLIP_STD)) and not p.requires_grad
     assert constants == dict(gaussian=(3, 3), bilateral=(80.0, 13, 10))
     assert at["loss_labels"] == (y, (8, 16)) and at["mean_cross_entropy"][0].shape == (2, 4, 64, 128)
     assert inspect.signature(stage1.dense_crf).parameters["iterations"].default == 10
@@ -486,9 +486,9 @@ def test_masks_the_crf_gets_the_winning_classes_floored_and_not_renormalised(mon
     monkeypatch.setattr(stage2, "dense_crf", lambda *a: given.append(a) or a[0].flip(1))
     for allowed, rows in ((None, [0, 1, 3, 4]), ([0, 2, 3], [0, 3])):
         mask, kept = stage2.mask_from(probs, image, stage2.MASK_CRF["VOC2012"], allowed)
-        p, guide, *constants = given.pop()
+        p, rgb, *constants = given.pop()
         assert kept.tolist() == rows and torch.equal(p[0], probs[rows].clamp(min=1e-5)) and p[0, 1, 0, 0] == 1e-5
-        assert torch.equal(guide[0], torch.from_numpy(image).permute(2, 0, 1)) and constants == [(3, 3), (83, 5, 3)]
+        assert torch.equal(rgb[0], torch.from_numpy(image).permute(2, 0, 1)) and constants == [(3, 3), (83, 5, 3)]
         assert np.array_equal(mask, np.array(rows)[p[0].flip(0).argmax(0).numpy()])  # the CRF's answer decides
     stage2.mask_from(probs, image, None)
     assert not given

@@ -78,7 +78,7 @@ def build(path):
     g = golden(path)
     c = g["config"]
     model = stage2.from_released(g["state_dict"], g["token_ids"], dataclasses.replace(stage2.RELEASED, drop_path=0.0),
-                                 vision_heads=c["vision_heads"], transformer_heads=c["text_heads"], cd_heads=c["cd_heads"])
+                                 vision_heads=c["vision_heads"], transformer_heads=c["text_heads"], coattention_heads=c["cd_heads"])
     for m in model.modules():
         if isinstance(m, (nn.Dropout, nn.Dropout2d)):
             m.p = 0.0
@@ -102,7 +102,7 @@ def forward(path):
     out["text_diff"], out["visual_diff"] = model.coattention(visual, text.expand(len(visual), -1, -1))
     out["text_embeddings_final"] = text + model.gamma * out["text_diff"]
     out["score_map"] = model.match(out["global_embedding"], out["dense_embedding"], text)
-    joined = model.guide(pyramid, out["score_map"])
+    joined = model.join_score_map(pyramid, out["score_map"])
     neck = model.decoder.neck(joined)
     for i in range(4):
         out[f"pyramid{i}"], out[f"pyramid_cat{i}"], out[f"neck{i}"] = pyramid[i], joined[i], neck[i]
@@ -144,13 +144,13 @@ def train_step(path, key, own_crf):
     size = tuple(g[key]["crf_q"].shape[2:])
     logits, score = model(g["img"])
     p = stage2.loss_probs(logits, size, aligned=False)
-    guide = stage2.guide_image(g["img"], size, g["img_mean"].tolist(), g["img_std"].tolist(), aligned=False)
-    q = stage2.crf_target(p, guide, 80) if own_crf else stage2.floor_and_normalise(g[key]["crf_q"])
+    small = stage2.crf_image(g["img"], size, g["img_mean"].tolist(), g["img_std"].tolist(), aligned=False)
+    q = stage2.crf_target(p, small, 80) if own_crf else stage2.floor_and_normalise(g[key]["crf_q"])
     seeds = g["gt"][:, 0]
     losses = {"decode.loss_boundary": stage2.boundary_loss(p, q),
               "decode.loss_seeding": stage2.seeding_loss(p, stage2.loss_labels(seeds, size, aligned=False)),
               "aux_identity.loss_ce": stage2.RELEASED.score_weight * stage2.score_loss(score, seeds, over_valid=False)}
-    return model, {"losses": losses, "probs": p.detach(), "guide": guide, "score": score.detach()}
+    return model, {"losses": losses, "probs": p.detach(), "crf_image": small, "score": score.detach()}
 
 
 BOTH = [pytest.param(own, id="own-crf" if own else "golden-q") for own in (False, True)]
@@ -185,8 +185,8 @@ def test_probabilities_that_enter_the_crf(path, key, name):
 
 
 @pytest.mark.parametrize("path, key, name", step_cases(lambda t: ["crf_image_uint8"]))
-def test_guide_image(path, key, name):
-    assert torch.equal(train_step(path, key, False)[1]["guide"].permute(0, 2, 3, 1), golden(path)[key][name])
+def test_crf_image(path, key, name):
+    assert torch.equal(train_step(path, key, False)[1]["crf_image"].permute(0, 2, 3, 1), golden(path)[key][name])
 
 
 @pytest.mark.parametrize("path, key, name", step_cases(lambda t: ["crf_q"]))

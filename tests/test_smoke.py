@@ -166,7 +166,7 @@ def test_an_interrupted_run_goes_on(chain, call, tmp_path):
     lost = masks / "train_3.png"
     before = lost.read_bytes()
     lost.unlink()
-    (folder / "2_weakclip" / "preview.png").unlink()
+    stage1.mark_unfinished(folder / "2_weakclip")
     kept = {p: p.stat().st_mtime_ns for p in masks.iterdir()}
     call("stage2_weakclip.py", *options["stage2_weakclip.py"])
     assert lost.read_bytes() == before and kept.items() <= {p: p.stat().st_mtime_ns for p in masks.iterdir()}.items()
@@ -427,7 +427,7 @@ def test_bad_options_are_one_line(name, options, said, call, dataset, clip_file,
 def test_a_foreign_checkpoint_is_refused(chain, call, dataset, tmp_path):
     folder, options = copy_runs(chain, tmp_path)
     shutil.copy(folder / "3_segment" / "checkpoint.pt", folder / "2_weakclip" / "checkpoint.pt")
-    (folder / "2_weakclip" / "preview.png").unlink()
+    stage1.mark_unfinished(folder / "2_weakclip")
     assert "is of another run" in call("stage2_weakclip.py", *options["stage2_weakclip.py"], ok=False)
     said = call("stage2_weakclip.py", *options["stage2_weakclip.py"], "--runs", tmp_path / "b", "--checkpoint",
                 folder / "3_segment" / "checkpoint.pt", ok=False)

@@ -126,12 +126,12 @@ def test_boundary_loss_is_zero_at_agreement_and_flat_where_clipped():
     assert (p.grad[0, 1, 0, 0] != 0) and p.grad[0, 1, 0, 1] == 0  # 0.9 / 0.001 is over 20
 
 
-def test_guide_and_labels_sit_on_the_same_points():
+def test_crf_image_and_labels_sit_on_the_same_points():
     """`aligned`: a vertical step in the image and in the labels lands in the same cell."""
     image, seeds = torch.zeros(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.int64)
     image[..., 24:], seeds[..., 24:] = 2, 1
-    guide = stage2.guide_image(image, (8, 8), (100.0,) * 3, (50.0,) * 3)
-    assert torch.equal(guide[:, 0] > 150, stage2.loss_labels(seeds, (8, 8)) == 1)
+    small = stage2.crf_image(image, (8, 8), (100.0,) * 3, (50.0,) * 3)
+    assert torch.equal(small[:, 0] > 150, stage2.loss_labels(seeds, (8, 8)) == 1)
 
 
 # ============================================================================================================== inference
