@@ -190,10 +190,10 @@ def resized_pyramid(levels: list[Tensor]) -> list[Tensor]:
     """The adapter's four strides without a parameter, for `--set adapter=false`."""
     h, w = levels[0].shape[2:]
     return [
-        resize(levels[0], (4 * h, 4 * w)),
-        resize(levels[1], (2 * h, 2 * w)),
-        levels[2],
-        F.max_pool2d(levels[3], 2)]
+        resize(levels[0], (4 * h, 4 * w)),  # (B, C, 4h, 4w)
+        resize(levels[1], (2 * h, 2 * w)),  # (B, C, 2h, 2w)
+        levels[2],  # (B, C, h, w)
+        F.max_pool2d(levels[3], 2)]  # (B, C, h // 2, w // 2)
 
 
 # ============================================================================ learnable prompts
@@ -273,6 +273,8 @@ class CoAttentionLayer(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """x (B, N, C) after one layer; memory (B, M, C), the other side, comes as it is."""
+        # Self-attention lets the texts of one photo tell themselves apart, and pixels of one
+        # object find each other; only then each looks at the other side.
         normed = self.norm1(x)
         x = x + self.self_attn(normed, normed)
         x = x + self.cross_attn(self.norm2(x), memory)
@@ -369,6 +371,7 @@ class TextGuidedDecoder(nn.Module):
             self.smooth.append(nn.Conv2d(fpn_channels, fpn_channels, 3, padding=1))
         self.climb = nn.ModuleList()
         for level in range(4):
+            # A convolution before each step x2 mends what the upsampling before it blurred.
             # Level 0 is at stride 4 already and gets one convolution; level 3 has three steps x2.
             steps = [ConvNormReLU(fpn_channels, head_channels)]
             for step in range(level):
@@ -388,11 +391,13 @@ class TextGuidedDecoder(nn.Module):
 
     def neck(self, pyramid: list[Tensor]) -> list[Tensor]:
         """Four (B, fpn_channels, ., .), each with all coarser levels added to it."""
+        # 1x1 convolutions bring all levels to the same channels, so that they can be added.
         x = [conv(level) for conv, level in zip(self.lateral, pyramid)]
         # Top down. Upsampling goes to the finer level's size and not by a factor of 2, because a
         # grid of 33 tokens has 16 below it.
         for i in (2, 1, 0):
             x[i] = x[i] + F.interpolate(x[i + 1], x[i].shape[2:], mode="nearest")
+        # 3x3 convolutions smooth the blocks that nearest upsampling leaves.
         return [conv(level) for conv, level in zip(self.smooth, x)]
 
     def head(self, levels: list[Tensor]) -> Tensor:
@@ -472,7 +477,8 @@ class WeakCLIP(nn.Module):
         """Freeze CLIP, and store its table of positions as the variant has it."""
         if not self.switches.positions_resized_once:
             # RELEASED positions_resized_once: stored at the training grid, resized from there (10)
-            visual, side = self.clip.visual, self.crop // 16
+            visual = self.clip.visual
+            side = self.crop // 16
             table = clip.resize_positions(visual.positional_embedding.detach(), side, side)
             visual.positional_embedding = nn.Parameter(table.clone())
         if self.switches.freeze_clip:
@@ -520,6 +526,8 @@ class WeakCLIP(nn.Module):
     def image_positions(self, h: int, w: int) -> Tensor:
         """CLIP's table of positions for a grid of h x w tokens: (1 + h*w, C)."""
         visual = self.clip.visual
+        # CLIP learned 14 x 14 places, of photos of 224 pixels. Resized, the table tells the same
+        # about 32 x 32 of them: what is left, right, above and below.
         positions = clip.resize_positions(visual.positional_embedding, h, w)
         if not self.switches.class_embedding_once:
             # RELEASED class_embedding_once: the class token gets its embedding a second time (10)
@@ -559,7 +567,9 @@ class WeakCLIP(nn.Module):
             text_diff, visual_diff = self.coattention(visual, text)
             text = text + self.gamma * text_diff
             visual = visual + self.beta * visual_diff
-        text = F.normalize(text, dim=2)
+        # The score map. CLIP was trained to compare directions, not lengths, so both sides come to
+        # length one, and their product is the cosine.
+        text = F.normalize(text, dim=2)  # (B, K, D)
         visual = F.normalize(visual[:, 1:], dim=2)  # (B, h*w, D); the global token has served
         return (text @ visual.transpose(1, 2)).unflatten(2, (h, w))  # (B, K, h, w)
 
@@ -602,6 +612,7 @@ def loss_probs(logits: Tensor, size, aligned=True) -> Tensor:
     logits (B, K, ., .) of the decoder; size (h, w).
     # RELEASED aligned: corners are aligned where both sizes are odd (23).
     """
+    # The losses take logarithms, and a softmax in float32 can round to 0; hence the 1e-7.
     corners = not aligned and size[0] % 2 == 1 and size[1] % 2 == 1
     p = resize(logits, size, align_corners=corners).softmax(1) + 1e-7
     return p / p.sum(1, keepdim=True)  # (B, K, h, w)
@@ -613,6 +624,7 @@ def loss_labels(seeds: Tensor, size, aligned=True) -> Tensor:
     Read at the cells' centres, where the logits are too.
     # RELEASED aligned: at the cells' corners (22).
     """
+    # torch's "nearest" reads a cell's first pixel, "nearest-exact" the one in its middle.
     mode = "nearest-exact" if aligned else "nearest"
     return F.interpolate(seeds[:, None].float(), size, mode=mode)[:, 0].long()
 
@@ -670,6 +682,8 @@ def boundary_loss(p: Tensor, q: Tensor) -> Tensor:
     to end there by itself, unsure pixels included. It cannot see names: a cow called a horse is
     as good as one called a cow, if its outline is right. That is left to the seeds.
     """
+    # Unclipped, log(q / p) grows without end where the network is sure and the CRF says otherwise;
+    # a few such pixels, which may well be the CRF's mistakes, would rule the batch.
     return (q * (q / p).clamp(0.05, 20).log()).sum(1).mean()
 
 
@@ -689,6 +703,9 @@ def crf_target(p: Tensor, image: Tensor, sxy: float) -> Tensor:
     It has no gradient on purpose. The answer is a teacher for this one step; if the network could
     also move the teacher, the two would soonest agree on a flat p, to which the CRF adds nothing.
     """
+    # Pixels pull each other to the same class: a little where they are near (Gaussian: 3 pixels,
+    # weight 3), much where they have like colours (bilateral: 13 grey levels, weight 10; its 80
+    # pixels are wider than the image, so that place hardly matters to it).
     q = dense_crf(p.clamp(min=1e-4), image, gaussian=(3, 3), bilateral=(sxy, 13, 10))
     return floor_and_normalise(q)
 
@@ -761,6 +778,7 @@ def resize_image(image: np.ndarray, size) -> np.ndarray:
     No low-pass comes before a reduction: the released code's OpenCV has none either.
     """
     x = torch.from_numpy(image).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
+    # Rounded, not cut: cutting would make every resized photo half a grey level darker.
     x = resize(x, size)[0].round().to(torch.uint8)  # (3, h, w)
     return x.permute(1, 2, 0).numpy()
 
@@ -820,6 +838,7 @@ def random_crop(rng, label: np.ndarray, crop: int) -> tuple[int, int]:
         left = int(rng.integers(0, max(W - crop, 0) + 1))
         return top, left
 
+    # A crop of nothing but background teaches little, and the seeding loss would have one side.
     top, left = draw()
     for _ in range(10):
         part = label[top:top + crop, left:left + crop]
@@ -867,8 +886,7 @@ class SeededImages(torch.utils.data.Dataset):
         path = self.seeds / f"{image_id}.png"
         label = read_label(path, len(self.data.classes), image.shape[:2])  # (H, W)
 
-        # Scale: at ratio 1 the short side fits the crop, so objects are seen half to twice as
-        # large as there. The crop, never larger than the image, decides what is seen.
+        # Objects are shown half to twice as large as in the photo whose short side is the crop.
         ratio = rng.uniform(0.5, 2)
         size = fit_size(*image.shape[:2], int(crop * ratio), int(4 * crop * ratio))
         image = resize_image(image, size)
@@ -952,6 +970,8 @@ def train(model: WeakCLIP, facts, data, ids: list[str], args, machine: Machine, 
     mean, std = mean_and_std(switches)
 
     def losses(model, image, seeds):
+        # Only the network may run in bfloat16. Its 8 bits of precision are too few for the
+        # logarithms of the losses, which are outside.
         with machine.autocast():
             logits, score = model(image)  # (B, K, H/4, W/4), (B, K, H/16, W/16)
         return weakclip_losses(logits, score, image, seeds, switches, mean, std)
@@ -996,7 +1016,7 @@ def slide(model: WeakCLIP, x: Tensor, text: Tensor, crop: int, stride: int, pad=
     """Logits (1, K, H, W) of a whole view x (1, 3, H, W), averaged where windows overlap.
 
     CLIP's grid at the training crop is what adapter and decoder know; a larger view is therefore
-    not shown as a whole but in windows of that size.
+    not shown as a whole but in windows of that size. batch: windows at a time.
     """
     H, W = x.shape[2:]
     corners = []
@@ -1103,7 +1123,7 @@ def mask_from(probs: Tensor, image: np.ndarray, crf, allowed=None):
     # its time grows with their number. What is left is not renormalised, as released.
     kept = probs.argmax(0).unique()
     probs = probs[kept]  # (J, H, W)
-    if crf and len(kept) > 1:
+    if crf and len(kept) > 1:  # where one class is left, nothing is to be decided
         rgb = torch.from_numpy(image).permute(2, 0, 1)[None].to(probs.device)  # (1, 3, H, W)
         # The floor: a class that is impossible at a pixel could never return there.
         probs = dense_crf(probs.clamp(min=1e-5)[None], rgb, *crf)[0]  # (J, H, W)
@@ -1123,8 +1143,9 @@ def write_masks(predict, ids: list[str], read, folder: Path, machine: Machine, c
     allowed: {id: class numbers}, None for all. probs_folder: gets <id>.npz too, of the classes
     that win somewhere (keys: class numbers (J,) uint8, prob: (J, H, W) float16, before the CRF).
     """
-    for image_id in tqdm(machine.share(ids), desc=f"masks {folder.name}",
-                         disable=not machine.main):
+    # Where several processes run, each takes its share of the ids.
+    share = machine.share(ids)
+    for image_id in tqdm(share, desc=f"masks {folder.name}", disable=not machine.main):
         path = folder / f"{image_id}.png"
         if path.is_file():
             continue
@@ -1249,7 +1270,7 @@ def mask_options(parser, scales: list[float]):
              "where colours change")
     masks.add_argument(
         "--label-filter", action="store_true",
-        help="training list: only classes among the image's labels, and background, may win (28)")
+        help="training list: only background and the classes that the image's labels name may win")
     masks.add_argument(
         "--save-probs", action="store_true",
         help="also write the probabilities before the CRF to probs/<split>/<id>.npz, float16; "
@@ -1326,6 +1347,7 @@ def open_checkpoint(path: Path, args, machine: Machine, classes=None):
     if isinstance(saved, dict) and "state_dict" in saved:
         return open_released(path, saved, args, classes)
 
+    # Ours are read again by the strict reader, which builds tensors and plain values only.
     saved = read_checkpoint(path)
     facts = saved.get("facts", {})
     if facts.get("stage") != "2_weakclip":
@@ -1463,8 +1485,8 @@ def parse_args(argv=None):
     fields = ", ".join(field.name for field in dataclasses.fields(Switches))
     method.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE",
-        help="change one switch of the variant, to see what it does; may be repeated (Switches at "
-             f"the head of the script explains them): {fields}")
+        help="change one switch of the variant, to see what it does; may be given several times; "
+             f"class Switches, at the head of this script, explains them: {fields}")
     method.add_argument(
         "--checkpoint", type=Path, metavar="FILE",
         help="train nothing, make masks with this checkpoint, ours or a released one")
@@ -1542,6 +1564,7 @@ def main():
         model, facts = new_network(args, data, switches, machine)
         outputs = None
         inputs = {"clip": facts["clip"], "seeds": folder_digest(args.seeds, training_list)}
+    # Refuses to go on with what other options, lists, seeds or another CLIP began.
     start_run(folder, args, machine, {**data.digests(*lists), **inputs}, MASK_OPTIONS)
 
     made = mask_facts(args, args.iters)
@@ -1550,6 +1573,7 @@ def main():
         return
     open_masks(folder, made, args, machine)
     if not args.checkpoint:
+        # Returns at once where the checkpoint is of the last iteration already.
         train(model.to(machine.device), facts, data, learned, args, machine, folder)
     predict = predictor(model, args, args.crop, machine, outputs)
     write_all_masks(predict, data, lists, folder, args, machine, mask_crf(args))

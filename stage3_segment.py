@@ -31,7 +31,8 @@ from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_facts, mas
                              mask_photos, masks_are_current, mean_cross_entropy, open_masks, resize,
                              resize_image, write_all_masks)
 
-# Of the CRF at test: (Gaussian sxy, weight), (bilateral sxy, srgb, weight).
+# Of the CRF at test: (Gaussian sxy, weight), (bilateral sxy, srgb, weight), as
+# released; stage 2's masks have other constants.
 SEGMENT_CRF = {"VOC2012": ((1, 3), (112, 2, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
 
 
@@ -79,6 +80,7 @@ class DeepLab(nn.Module):
 
 def make_optimizer(model: DeepLab, lr: float) -> torch.optim.Optimizer:
     """SGD with momentum 0.9, weight decay 5e-4; the new layers learn ten times as fast."""
+    # The backbone comes from ImageNet and needs a nudge; the head starts from noise.
     groups = [
         {"params": list(model.backbone.parameters()), "base_lr": lr},
         {"params": list(model.classifier.parameters()), "base_lr": 10 * lr}]
@@ -113,6 +115,8 @@ class MaskedImages(torch.utils.data.Dataset):
         path = self.masks / f"{image_id}.png"
         mask = read_label(path, len(self.data.classes), image.shape[:2])  # (H, W)
 
+        # Objects are shown half to one and a half times as large as in the photo. The released
+        # code jitters colours as well; ours leaves them.
         scale = rng.uniform(0.5, 1.5)
         size = tuple(max(1, round(side * scale)) for side in mask.shape)  # (h, w)
         image = resize_image(image, size)  # (h, w, 3)
@@ -163,6 +167,7 @@ def predictor(model: DeepLab, args, machine: Machine):
 
     @torch.no_grad()
     def predict(image):
+        # All views come to the photo's size first; only there can they be added pixel on pixel.
         total, count = 0, 0
         for x, mirrored in make_views(image, args.scales, not args.no_flip, mean_std):
             with machine.autocast():
@@ -260,6 +265,8 @@ def main():
     if masks_are_current(folder, made, lists):
         print(f"{folder}: finished; --overwrite starts afresh")
         return
+    # What exists is done: where only masks are missing, `train` returns at once, and masks of
+    # lists that are there already stay.
     open_masks(folder, made, args, machine)
     torch.manual_seed(args.seed)
     model = DeepLab(args.arch, args.weights, len(data.classes)).to(machine.device)

@@ -172,6 +172,15 @@ def test_an_interrupted_run_goes_on(chain, call, tmp_path):
     assert lost.read_bytes() == before and kept.items() <= {p: p.stat().st_mtime_ns for p in masks.iterdir()}.items()
 
 
+def test_a_finished_run_that_lost_a_mask_makes_it_again(chain, call, tmp_path):
+    folder, options = copy_runs(chain, tmp_path)
+    lost = folder / "2_weakclip" / "masks" / "val" / "val_1.png"
+    before = lost.read_bytes()
+    lost.unlink()
+    assert "masks of train, val" in call("stage2_weakclip.py", *options["stage2_weakclip.py"]) and lost.read_bytes() == before
+    assert "finished" in call("stage2_weakclip.py", *options["stage2_weakclip.py"])
+
+
 def test_weights_are_known_by_what_they_hold(call, dataset, tmp_path):
     """A ResNet's file may lie elsewhere when a run goes on, but it must be the same."""
     net = torchvision.models.resnet18()
