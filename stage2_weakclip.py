@@ -1,5 +1,7 @@
 """Stage 2: seeds -> pseudo masks with WeakCLIP (Zhu et al., IJCV 133, 2025).
 
+DOI of the paper: 10.1007/s11263-024-02224-2
+
 run     python stage2_weakclip.py --data VOC2012
 reads   VOC2012/JPEGImages/<id>.jpg
         runs/VOC2012/1_cam/seeds/<id>.png (or --seeds DIR: label PNGs of any method)
@@ -27,7 +29,9 @@ not at hand. Lines are marked # PAPER, # RELEASED or # GUESS:
   RELEASED  the released code does otherwise; the field of `Switches` that chooses is named
   GUESS     both are silent: what we chose, and why
 Numbers in brackets, such as (22), are rows of AUDIT.md.
-DOI of the paper: 10.1007/s11263-024-02224-2
+
+Shapes stand at the ends of lines: B images of a batch, K classes with background first, C channels,
+D channels of CLIP's embeddings, H W pixels, h w cells of a grid, N = h*w tokens.
 """
 import argparse
 import dataclasses
@@ -225,6 +229,9 @@ def name_tokens(classes, context_length: int, prompts: int = 8) -> Tensor:
 # "dog" can become the dog of this photo: its breed, its pose, its light. Pixels look at texts, so
 # that each can move towards the classes in question, away from what does not matter here. What the
 # stacks return is added to CLIP's features with a small weight, so training starts near CLIP.
+#
+# Texts and pixels can be compared at all because CLIP projects both into one space. There, a photo
+# has one global embedding, of its class token, and dense embeddings, one of each patch.
 
 class MultiHeadAttention(nn.Module):
     """softmax(q k' / sqrt(C / heads)) v, then a projection.
@@ -282,8 +289,9 @@ class CoAttentionLayer(nn.Module):
 
 
 class CoAttention(nn.Module):
-    """What co-attention matching adds to the texts (B, K, C) and to the pixels (B, 1 + N, C).
+    """What co-attention matching adds to the texts (B, K, D) and to the pixels (B, 1 + N, D).
 
+    channels: D, of CLIP's embeddings; width, heads: inside the stacks, of `layers` layers each.
     chain: layer i feeds layer i + 1.
     # PAPER co-attention matching; sizes are the released ones, 6.84 M parameters (9).
     # RELEASED chain_coattention: all layers get the stack's input, so only the last counts (8).
@@ -320,16 +328,16 @@ class CoAttention(nn.Module):
         return out
 
     def forward(self, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """What is to be added: to the texts (B, K, C), to the pixels (B, 1 + N, C).
+        """What is to be added: to the texts (B, K, D), to the pixels (B, 1 + N, D).
 
-        visual (B, 1 + N, C): global and dense embeddings; text (B, K, C).
+        visual (B, 1 + N, D): global and dense embeddings; text (B, K, D).
         """
         visual = self.visual_in(visual)  # (B, 1 + N, width)
         text = self.text_in(text)  # (B, K, width)
         # Each side looks at the other's input, not at the other's output: neither waits for the
         # other, and what one side has already concluded does not come back to it as evidence (9).
-        text_diff = self.text_out(self.stack(self.text_layers, text, visual))  # (B, K, C)
-        visual_diff = self.visual_out(self.stack(self.visual_layers, visual, text))  # (B, 1+N, C)
+        text_diff = self.text_out(self.stack(self.text_layers, text, visual))  # (B, K, D)
+        visual_diff = self.visual_out(self.stack(self.visual_layers, visual, text))  # (B, 1+N, D)
         return text_diff, visual_diff
 
 

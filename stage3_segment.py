@@ -14,6 +14,9 @@ on ResNet-38d instead.
 The training loop and the run folder come from stage1_cam.py, the writing of masks with its CRF from
 stage2_weakclip.py: all stages share them, because exact resume must be written only once. What is
 left for this file is what makes stage 3 different: its network, its data and its recipe.
+
+Shapes stand at the ends of lines: B images of a batch, K classes with background first, C channels,
+H W pixels, h w of a resized photo.
 """
 from pathlib import Path
 
@@ -31,8 +34,8 @@ from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_facts, mas
                              mask_photos, masks_are_current, mean_cross_entropy, open_masks, resize,
                              resize_image, write_all_masks)
 
-# Of the CRF at test: (Gaussian sxy, weight), (bilateral sxy, srgb, weight), as
-# released; stage 2's masks have other constants.
+# Of the CRF at test: (Gaussian sxy, weight), (bilateral sxy, srgb, weight), as released; stage 2's
+# masks have other constants.
 SEGMENT_CRF = {"VOC2012": ((1, 3), (112, 2, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
 
 
