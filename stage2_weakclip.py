@@ -1478,7 +1478,9 @@ def released_clip(state: dict) -> dict:
 def parse_args(argv=None):
     """The command line's options; argv None for the real one."""
     description = __doc__.splitlines()[0]
-    parser, method = common_options(description, lr=1e-4, batch_size=None, crop=512)
+    recipe = {"iters": "20,000; COCO2014: 40,000", "batch_size": "16; COCO2014: 24"}
+    parser, method = common_options(description, lr=1e-4, batch_size=None, crop=512,
+                                    recipe=recipe)
     method.add_argument(
         "--clip", default="ViT-B/16", metavar="NAME|PATH|random",
         help="the frozen model: a name (downloaded), or a file, of patch 16; random, an untrained "

@@ -189,7 +189,8 @@ def predictor(model: DeepLab, args, machine: Machine):
 def parse_args(argv=None):
     """The command line's options; argv None for the real one."""
     description = __doc__.splitlines()[0]
-    parser, method = common_options(description, lr=None, batch_size=16, crop=448)
+    recipe = {"iters": "20,000", "lr": 0.005}
+    parser, method = common_options(description, lr=None, batch_size=16, crop=448, recipe=recipe)
     backbone_options(method, "resnet101")
     method.add_argument(
         "--masks", type=Path, metavar="DIR",
