@@ -958,7 +958,7 @@ def thumbnail(picture, height):
     if picture.ndim == 2:
         picture = colour_map()[picture]                                 # (H, W, 3)
     width = max(1, round(picture.shape[1] * height / picture.shape[0]))
-    # nearest: a label's colours must not blend into those of a third class
+    # nearest: two classes' colours must not blend into that of a third
     small = np.asarray(Image.fromarray(picture).resize((width, height), Image.NEAREST))
     return np.pad(small, ((2, 2), (2, 2), (0, 0)), constant_values=255)
 
@@ -1029,8 +1029,8 @@ def machine_options(parser):
     machine.add_argument("--device", default="auto",
                          help="cpu, cuda, cuda:1, mps, or auto: the best there is [%(default)s]")
     machine.add_argument("--amp", action="store_true",
-                         help="forward and backward in bfloat16, where the device has it: half the "
-                              "memory for activations; losses stay in float32")
+                         help="forward and backward in bfloat16, where the device has it: less "
+                              "memory, coarser rounding; losses stay in float32")
     machine.add_argument("--workers", type=int, metavar="N",
                          help="processes that load images; more keep a fast device busy, each "
                               "takes memory [0 on a CPU, else up to 8]")
