@@ -382,7 +382,7 @@ def train(model, data, ids, labels, args, machine, folder):
 
 
 def preview(data, ids, folder):
-    """Write preview.png: image | CAMs, the largest at each place | seed | truth, of eight images."""
+    """Write preview.png: image | largest CAM at each place | seed | truth, eight times."""
     rows = []
     for image_id in preview_ids(ids):
         image = data.image(image_id)
@@ -528,8 +528,8 @@ def dense_crf(probs, image, gaussian=(3, 3), bilateral=(80, 13, 10), iterations=
 
 
 # ======================================= III. engine room of all stages, to skip at a first reading
-# From here on nothing is about segmentation: where a run happens, how it is known again, how it goes
-# on after it was cut off, how it is looked at, and what can be asked of it. At the end: `main`.
+# From here on nothing is about segmentation: where a run happens, how it is known again, how it
+# goes on after it was cut off, how it is looked at, what can be asked of it. At the end: `main`.
 
 # --------------------------------------------------------------------------- one device, or several
 
