@@ -19,7 +19,7 @@ SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("clip/*.py")])
 FIELDS = {f.name: f for f in dataclasses.fields(Switches)}
 FINDINGS = set(range(1, 35))
 CODE = r"`((?:clip/)?\w+\.py):([A-Za-z_][\w.]*)`"
-TEST = r"`(tests/\w+\.py)::(\w+)`"
+TEST = r"`(test_\w+)::(\w+)`"  # `test_parity::test_eval` is test_eval of tests/test_parity.py
 
 
 def tables():
@@ -87,9 +87,17 @@ def test_named_code_exists(path, name):
     assert (ROOT / path).is_file() and find(path, name), f"AUDIT.md names {path}:{name}"
 
 
-@pytest.mark.parametrize("path, name", sorted(set(re.findall(TEST, AUDIT))))
-def test_named_tests_exist(path, name):
-    assert (ROOT / path).is_file() and name.startswith("test_") and isinstance(find(path, name), ast.FunctionDef), f"AUDIT.md names {path}::{name}"
+@pytest.mark.parametrize("module, name", sorted(set(re.findall(TEST, AUDIT))))
+def test_named_tests_exist(module, name):
+    path = f"tests/{module}.py"
+    assert (ROOT / path).is_file(), f"AUDIT.md names {module}::{name}"
+    assert name.startswith("test_") and isinstance(find(path, name), ast.FunctionDef), f"AUDIT.md names {module}::{name}"
+
+
+def test_every_citation_of_a_test_is_in_the_form_that_is_checked():
+    """What looks like a test in any other form, the former `tests/test_x.py::test_y` too, would go unchecked."""
+    assert len(re.findall(TEST, AUDIT)) > 150
+    assert not re.findall(r"\S*::\S*", re.sub(TEST, "", AUDIT))
 
 
 @pytest.mark.parametrize("heading, head, rows", TABLES, ids=[t[0] for t in TABLES])
@@ -100,7 +108,7 @@ def test_rows_name_code_and_tests(heading, head, rows):
             assert re.search(CODE, row["ours"]), f"{heading}: no function of ours in {row}"
             assert row["test"] == "-" or re.search(TEST, row["test"]), f"{heading}: neither a test nor - in {row}"
             rest = re.sub(TEST, "", re.sub(CODE, "", row["ours"] + row["test"]))
-            assert ".py" not in rest, f"{heading}: a reference that is not `file.py:name` or `tests/file.py::test`: {rest}"
+            assert not re.search(r"\.py|\btest_", rest), f"{heading}: a reference that is not `file.py:name` or `test_file::test`: {rest}"
 
 
 # ============================================================================================================== switches
