@@ -6,9 +6,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clip
 import toy
+import toy_world
 from conftest import ROOT, read_json
 from eval import find_dataset, read_label
 from stage2_weakclip import RELEASED, choose_switches
@@ -20,14 +22,14 @@ def digests(folder):
 
 def test_a_world_is_a_function_of_its_seed(tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        toy.draw_world(tmp_path / name, seed, train=4, val=2)
+        toy_world.draw_world(tmp_path / name, seed, train=4, val=2)
     a, b, c = (digests(tmp_path / n) for n in "abc")
     assert a == b and a.keys() == c.keys()
     assert all(a[k] != c[k] for k in a if k.parts[0] == "JPEGImages")
 
 
 def test_a_world_is_a_dataset_with_exact_masks(tmp_path):
-    toy.draw_world(tmp_path / "w", 0, train=30, val=10)
+    toy_world.draw_world(tmp_path / "w", 0, train=30, val=10)
     data = find_dataset(tmp_path / "w")
     train, val = data.ids("train"), data.ids("val")
     assert (len(train), len(val)) == (30, 10) and not set(train) & set(val)
@@ -44,10 +46,10 @@ def test_places_go_with_classes_but_do_not_tell_them():
     """Context co-occurs: at home a class is the commonest, and still not alone."""
     rng, counts = np.random.default_rng(1), np.zeros((8, 8))
     for _ in range(800):
-        _, _, (place, things) = toy.scene(rng)
+        _, _, (place, things) = toy_world.scene(rng)
         for name, _ in things:
-            counts[list(toy.PLACES).index(place), toy.CLASSES.index(name) - 1] += 1
-    home = [toy.CLASSES.index(toy.PLACES[p][2]) - 1 for p in toy.PLACES]
+            counts[list(toy_world.PLACES).index(place), toy_world.CLASSES.index(name) - 1] += 1
+    home = [toy_world.CLASSES.index(toy_world.PLACES[p][2]) - 1 for p in toy_world.PLACES]
     share = counts[range(8), home] / counts.sum(1)
     assert (counts.argmax(1) == home).all() and share.max() < 0.75 and (counts > 0).all()
 
@@ -55,27 +57,27 @@ def test_places_go_with_classes_but_do_not_tell_them():
 @pytest.fixture(scope="module")
 def small_clip(tmp_path_factory):
     path = tmp_path_factory.mktemp("clip") / "clip.pt"
-    toy.unpack_weights(path)
+    toy_world.unpack_weights(path)
     return clip.load(path)
 
 
 def test_the_shipped_clip_knows_the_classes(small_clip):
-    assert toy.WEIGHTS.stat().st_size <= 8e6
+    assert toy_world.WEIGHTS.stat().st_size <= 8e6
     assert small_clip.visual.conv1.kernel_size == (16, 16)
-    assert toy.zero_shot(small_clip, 64) > 85  # chance 12.5
+    assert toy_world.zero_shot(small_clip, 64) > 85  # chance 12.5
 
 
 def test_every_word_of_a_caption_was_trained(small_clip):
     rng = np.random.default_rng(2)
-    captions = [toy.caption(*toy.scene(rng)[2], rng) for _ in range(60)]
+    captions = [toy_world.caption(*toy_world.scene(rng)[2], rng) for _ in range(60)]
     assert len(set(captions)) > 30 and any(" and " in c for c in captions) and any("background" in c for c in captions)
-    rows = set(torch.load(toy.WEIGHTS, weights_only=True)["token_rows"].tolist())
-    assert set(clip.tokenize([*captions, *toy.CLASSES]).unique().tolist()) <= rows
+    rows = set(torch.load(toy_world.WEIGHTS, weights_only=True)["token_rows"].tolist())
+    assert set(clip.tokenize([*captions, *toy_world.CLASSES]).unique().tolist()) <= rows
 
 
 def test_a_damaged_clip_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "toy_clip.pt").write_bytes(toy.WEIGHTS.read_bytes()[:-1])
-    monkeypatch.setattr(toy, "WEIGHTS", tmp_path / "toy_clip.pt")
+    (tmp_path / "toy_clip.pt").write_bytes(toy_world.WEIGHTS.read_bytes()[:-1])
+    monkeypatch.setattr(toy_world, "WEIGHTS", tmp_path / "toy_clip.pt")
     with pytest.raises(ValueError, match="sha256"):
         toy.prepare(tmp_path, 0, toy.SMALL)
 
@@ -103,8 +105,8 @@ def test_ablation_table():
 
 
 def test_a_world_or_table_of_another_version_is_refused(tmp_path, monkeypatch):
-    toy.draw_world(tmp_path / "w", 0, train=4, val=2)
-    toy.draw_world(tmp_path / "w", 0, train=4, val=2)
+    toy_world.draw_world(tmp_path / "w", 0, train=4, val=2)
+    toy_world.draw_world(tmp_path / "w", 0, train=4, val=2)
     table = toy.Rows(tmp_path / "rows.json", {"lr": 1}, "cpu")
     table.add("a", tmp_path / "w", tmp_path / "w/SegmentationClass", "val")
     assert toy.Rows(tmp_path / "rows.json", {"lr": 1}, "cpu").rows["a"]["miou"] == 100
@@ -115,16 +117,16 @@ def test_a_world_or_table_of_another_version_is_refused(tmp_path, monkeypatch):
     (tmp_path / "w/SegmentationClass/00004.png").unlink()
     with pytest.raises(ValueError, match="missing"):
         table.add("b", tmp_path / "w", tmp_path / "w/SegmentationClass", "val")
-    monkeypatch.setattr(toy.scene, "__defaults__", (*toy.scene.__defaults__[:-1], (0, 0.7, 0.25, 0.05)))  # other counts
+    monkeypatch.setattr(toy_world.scene, "__defaults__", (*toy_world.scene.__defaults__[:-1], (0, 0.7, 0.25, 0.05)))  # other counts
     with pytest.raises(ValueError, match="another version"):
-        toy.draw_world(tmp_path / "w", 0, train=4, val=2)
+        toy_world.draw_world(tmp_path / "w", 0, train=4, val=2)
 
 
-@pytest.mark.parametrize("name", toy.CLASSES[1:])
+@pytest.mark.parametrize("name", toy_world.CLASSES[1:])
 def test_every_class_tells_a_world_from_another(name, monkeypatch):
-    drawn, parts = toy.drawing_digest(0), toy.parts
-    monkeypatch.setattr(toy, "parts", lambda n, c, rng: ([], []) if n == name else parts(n, c, rng))
-    assert toy.drawing_digest(0) != drawn
+    drawn, parts = toy_world.drawing_digest(0), toy_world.parts
+    monkeypatch.setattr(toy_world, "parts", lambda n, c, rng: ([], []) if n == name else parts(n, c, rng))
+    assert toy_world.drawing_digest(0) != drawn
 
 
 def test_a_failed_ablation_stops_the_others(tmp_path, monkeypatch):
@@ -141,7 +143,7 @@ def test_a_failed_ablation_stops_the_others(tmp_path, monkeypatch):
 
 
 def test_exercises_start_from_the_settings_of_the_chain():
-    command = " ".join((ROOT / "tests/RESULTS.md").read_text().replace("\\\n", " ").split())
+    command = " ".join((ROOT / "tests/EXERCISES.md").read_text().replace("\\\n", " ").split())
     assert " ".join([*toy.FULL["stage 2"], *toy.VIEWS]) in command
 
 
@@ -168,3 +170,7 @@ def test_the_chain_in_a_reduced_world(tmp_path, monkeypatch):
     toy.ablate(tmp_path, 0, toy.SMALL, ["paper", "prompts=false"], 1)
     table = (tmp_path / "ablate/small0/ablations.md").read_text()
     assert "| paper |" in table and "| prompts=false |" in table
+
+    toy.picture(tmp_path, 0, toy.SMALL, tmp_path / "chain.png")
+    with Image.open(tmp_path / "chain.png") as drawn:
+        assert drawn.size == (6 * 132, 16 + 4 * 132)
