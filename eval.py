@@ -81,10 +81,12 @@ class Dataset:
 
     classes: names, background first. A class number is a place in this tuple, everywhere: in
     classes.txt (line 1 is number 0), in label PNGs, in CAM files and in a network's outputs.
+    texts: class name -> what CLIP reads for it in stage 1, for names that classes.txt has one for.
     """
     root: Path
     name: str
     classes: tuple
+    texts: dict
 
     def list_path(self, split: str) -> Path:
         """Where the list `split` is, or would be."""
@@ -235,22 +237,24 @@ def find_dataset(name: str | Path) -> Dataset:
         raise ValueError(f"--data {name}: no folder with JPEGImages/ at "
                          f"{', '.join(map(str, places))}; VOC 2012's has one, see README, Data")
     path = roots[0] / "classes.txt"
-    classes = read_classes(path) if path.is_file() else VOC_CLASSES
-    return Dataset(roots[0], dataset_name(roots[0]), classes)
+    classes, texts = read_classes(path) if path.is_file() else (VOC_CLASSES, {})
+    return Dataset(roots[0], dataset_name(roots[0]), classes, texts)
 
 
-def read_classes(path: Path) -> tuple[str, ...]:
-    """classes.txt -> class names; the first line is number 0, the background.
+def read_classes(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """classes.txt -> class names, and the texts of those that have one: `name: synonym, synonym`.
 
-    The file's order is all that ties a number in a label PNG to a name, so a line must never be
-    lost or doubled: each name behind it would then stand for the class before or after its own.
+    The first line is number 0, the background. The file's order is all that ties a number in a
+    label PNG to a name, so a line must never be lost or doubled: each name behind it would then
+    stand for the class before or after its own.
     """
-    lines = [line.strip() for line in path.read_text().splitlines()]
-    classes = tuple(line for line in lines if line)
-    if len(set(classes)) < len(classes) or not 2 <= len(classes) <= IGNORE:
+    lines = [line.partition(":") for line in path.read_text().splitlines() if line.strip()]
+    classes = tuple(name.strip() for name, _, _ in lines)
+    texts = {name.strip(): text.strip() for name, _, text in lines if text.strip()}
+    if "" in classes or len(set(classes)) < len(classes) or not 2 <= len(classes) <= IGNORE:
         raise ValueError(f"{path}: 2 to {IGNORE} different class names are expected, "
                          "background first")
-    return classes
+    return classes, texts
 
 
 # ------------------------------------------------------------------------- photos and label PNGs

@@ -25,6 +25,7 @@ import datetime
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -40,11 +41,14 @@ from torch import nn
 from tqdm import tqdm
 
 import clip
-from eval import (check_inputs, colour_map, find_dataset, heat, read_args, read_label, run,
-                  write_json, write_label, write_text, write_whole)
+from eval import (COCO_CLASSES, IGNORE, VOC_CLASSES, Dataset, check_inputs, colour_map,
+                  find_dataset, heat, read_args, read_label, run, write_json, write_label,
+                  write_text, write_whole)
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of grey levels 0..255, R G B
 IMAGENET_STD = (58.395, 57.12, 57.375)
+CLIP_MEAN = tuple(255 * v for v in (0.48145466, 0.4578275, 0.40821073))
+CLIP_STD = tuple(255 * v for v in (0.26862954, 0.26130258, 0.27577711))
 CAM_SCALES = (1, 0.5, 1.5, 2)  # sizes at which a photo is looked at, relative to its own
 
 
@@ -175,24 +179,32 @@ def seeds_from_cams(classes, cams, size: tuple[int, int], background: float = 0.
     return numbers[winner]
 
 
-def write_seeds(model, data, ids, labels, args, machine, folder):
+def classifier_seed(model, image: np.ndarray, classes: list[int], crop: int, machine):
+    """One photo's CAMs and seed: (arrays for its .npz, label map (H, W) uint8).
+
+    The arrays: "keys" (J,) uint8, the class numbers; "cam" (J, H/4, W/4) float16 in [0, 1].
+    """
+    keys = np.array(classes, np.uint8)
+    cams = class_maps(model, image, classes, crop, machine)                      # (J, h, w)
+    # rounded before the seed is taken: whoever reads the file can make the same seed from it
+    cams = cams.cpu().numpy().astype(np.float16)
+    return {"keys": keys, "cam": cams}, seeds_from_cams(keys, cams, image.shape[:2])
+
+
+def write_seeds(make, data, ids, labels, machine, folder):
     """Write cams/<id>.npz and seeds/<id>.png for every id; what exists is done.
 
-    labels: {id: class numbers from 1}. Each process of torchrun does its own share of the ids.
+    make(image, classes) -> (arrays, label map), of either method; labels: {id: class numbers from
+    1}. Each process of torchrun does its own share of the ids.
     """
-    model.eval()
     for image_id in tqdm(machine.share(ids), desc="CAMs", disable=not machine.main):
         cam_path = folder / "cams" / f"{image_id}.npz"
         seed_path = folder / "seeds" / f"{image_id}.png"
         if seed_path.is_file():  # the second of the two, so both are there
             continue
-        image = data.image(image_id)
-        keys = np.array(labels[image_id], np.uint8)                              # (J,)
-        cams = class_maps(model, image, labels[image_id], args.crop, machine)    # (J, h, w)
-        # rounded before the seed is taken: whoever reads the file can make the same seed from it
-        cams = cams.cpu().numpy().astype(np.float16)
-        write_whole(cam_path, lambda f: np.savez_compressed(f, keys=keys, cam=cams))
-        write_label(seed_path, seeds_from_cams(keys, cams, image.shape[:2]))
+        arrays, seed = make(data.image(image_id), labels[image_id])
+        write_whole(cam_path, lambda f: np.savez_compressed(f, **arrays))
+        write_label(seed_path, seed)
     machine.wait()
 
 
@@ -381,6 +393,21 @@ def train(model, data, ids, labels, args, machine, folder):
     fit(model, samples, optimizer, losses, poly(args.iters), args, machine, folder, facts)
 
 
+def seeds_from_classifier(data, ids, labels, args, machine, folder) -> dict:
+    """Train the classifier, write what it leaves; returns its provenance."""
+    torch.manual_seed(args.seed)  # of the new layers' first weights
+    model = Classifier(args.arch, args.weights, len(data.classes) - 1).to(machine.device)
+    train(model, data, ids, labels, args, machine, folder)
+    model.eval()
+
+    def make(image, classes):
+        return classifier_seed(model, image, classes, args.crop, machine)
+
+    write_seeds(make, data, ids, labels, machine, folder)
+    # label_filter: the image's labels have said which classes may appear
+    return dict(iters=args.iters, scales=list(CAM_SCALES), flip=True, crf=False, label_filter=True)
+
+
 def preview(data, ids, folder):
     """Write preview.png: image | largest CAM at each place | seed | truth, eight times."""
     rows = []
@@ -393,6 +420,334 @@ def preview(data, ids, folder):
         seed = read_label(folder / "seeds" / f"{image_id}.png")         # (H, W)
         rows.append([image, evidence, seed, *truth_pictures(data, image_id)])
     write_preview(folder / "preview.png", rows)
+
+
+# ------------------------------ Seeds from CLIP alone: --method clip (CLIP-ES, Lin et al., CVPR 2023)
+# Nothing is trained. CLIP has seen which words go with which pictures; asked for a class that is
+# in the photo, its own gradients tell which places spoke for it (Grad-CAM), and its own attention
+# tells which places belong together (affinity). A dense CRF draws the borders, and what stays
+# doubtful is left "unsure". (E1) to (E24) are findings about the released code, AUDIT.md part 5:
+# where the paper and that code part, ours does what the published numbers were made with.
+# J is the number of classes in the photo, h x w the grid of its patches, N = h * w.
+
+TEMPLATE = "a clean origami {}."  # the template with the sharpest response; one, no ensemble (E1)
+# What else a photo may show. Without such words a photo's only class would get all of the softmax.
+BACKGROUND_WORDS = (
+    "ground", "land", "grass", "tree", "building", "wall", "sky", "lake", "water", "river", "sea",
+    "railway", "railroad", "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road",
+    "rock", "street", "valley", "bridge", "sign")
+# Synonyms: the words by which CLIP knows a class better than by the dataset's name for it. COCO's
+# have oddities that went into the published numbers, "sknowboard" among them (E2).
+VOC_TEXTS = {"bird": "bird avian", "chair": "chair seat", "tvmonitor": "tvmonitor screen",
+             "person": "person with clothes,people,human"}
+COCO_TEXTS = {
+    "person": "person with clothes,people,human", "motorcycle": "motorbike",
+    "airplane": "aeroplane", "bird": "bird avian", "backpack": "backpack,bag",
+    "umbrella": "umbrella,parasol", "handbag": "handbag,purse", "tie": "necktie",
+    "snowboard": "sknowboard", "baseball glove": "glove", "spoon": "dessertspoon",
+    "chair": "chair seat", "couch": "sofa", "potted plant": "pottedplant",
+    "dining table": "diningtable", "tv": "tvmonitor screen", "remote": "remote control",
+    "hair drier": "hairdrier,blowdrier"}
+# The affinity works inside boxes around the places above this share of a map's maximum.
+BOX_THRESHOLD = {"VOC2012": 0.4, "COCO2014": 0.7}  # by dataset; VOC's for any other
+CLIP_CRF = (1, 3), (67, 3, 4)  # Gaussian (sxy, weight), bilateral (sxy, srgb, weight)
+CONFIDENCE = 0.95  # a pixel whose best class the CRF believes less than this is unsure
+CLIP_SIDE = 1024  # GUESS the long side that CLIP sees at most: attention grows with its 4th power
+
+
+def class_texts(data: Dataset) -> tuple[list[str], list[str]]:
+    """(what CLIP reads for each class but background, in their order; the background words).
+
+    VOC's and COCO's names have CLIP-ES's synonyms, other datasets those of their classes.txt. A
+    background word that a class's text holds is left out: of COCO's, "keyboard" and "sign" (E2).
+    """
+    known = {VOC_CLASSES: VOC_TEXTS, COCO_CLASSES: COCO_TEXTS}.get(data.classes, {})
+    texts = {**known, **data.texts}
+    foreground = [texts.get(name, name) for name in data.classes[1:]]
+    taken = {word for text in foreground for word in re.split(r"\W+", text)}
+    return foreground, [word for word in BACKGROUND_WORDS if word not in taken]
+
+
+def text_tokens(texts: list[str], context_length: int) -> torch.Tensor:
+    """Texts, put into the template -> token ids (n, L). Raises ValueError where one is too long."""
+    return clip.tokenize([TEMPLATE.format(text) for text in texts], context_length)
+
+
+@torch.no_grad()
+def encode_texts(model: clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
+    """Token ids (n, L) -> text features (n, D) of unit length.
+
+    Released code normalises them three times over, which is once but for rounding (E1).
+    """
+    return F.normalize(model.encode_text(tokens), dim=1)
+
+
+def clip_input(image: np.ndarray) -> torch.Tensor:
+    """Photo (H, W, 3) uint8 -> (1, 3, 16h, 16w) float32, normalised for CLIP.
+
+    Not padded, not cropped: both sides are stretched to the next multiple of 16 (E3).
+    """
+    shrink = min(1, CLIP_SIDE / max(image.shape[:2]))
+    size = [16 * math.ceil(round(side * shrink, 6) / 16) for side in image.shape[1::-1]]
+    resized = Image.fromarray(image).resize(size, Image.BICUBIC)
+    return normalise(np.asarray(resized), CLIP_MEAN, CLIP_STD)[None]
+
+
+def half_positions(visual: nn.Module, h: int, w: int) -> torch.Tensor:
+    """CLIP's positional table for an h x w grid, (1 + N, C), rounded to float16 (E4)."""
+    table = clip.resize_positions(visual.positional_embedding.detach(), h, w)
+    return table.half().float()
+
+
+def open_block(block: nn.Module, x: torch.Tensor, a: torch.Tensor):
+    """One transformer block with its attention in sight: (tokens after it, attention).
+
+    x: the tokens before it (B, L, C), which go past the attention; a = block.ln_1(x) is what the
+    attention reads. The attention is the mean over the heads, (B, L, L), rows sum to one.
+    """
+    q, k, v = block.attn.split(a)  # each (B, heads, L, C / heads)
+    attention = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)  # (B, heads, L, L)
+    x = x + block.attn.out_proj((attention @ v).transpose(1, 2).flatten(2))
+    return x + block.mlp(block.ln_2(x)), attention.mean(1)
+
+
+@torch.no_grad()
+def patch_tokens(visual: nn.Module, image: torch.Tensor, positions: torch.Tensor):
+    """(tokens that enter the last block (1, 1 + N, C), [attention (1, 1 + N, 1 + N) of the others]).
+
+    No gradient is kept: Grad-CAM asks for none below the last block.
+    """
+    x, attentions = visual.embed(image, positions), []
+    for block in visual.transformer.resblocks[:-1]:
+        x, attention = open_block(block, x, block.ln_1(x))
+        attentions.append(attention.float())
+    return x.float(), attentions
+
+
+def min_max(maps: torch.Tensor) -> torch.Tensor:
+    """Maps (J, h, w) -> each stretched from 0 to just under 1: x - min, over 1e-7 + its maximum."""
+    maps = maps - maps.amin((1, 2), keepdim=True)
+    return maps / (1e-7 + maps.amax((1, 2), keepdim=True))
+
+
+def grad_cam(visual: nn.Module, x: torch.Tensor, texts: torch.Tensor, J: int, scale: float):
+    """Which patches raise the probability of each class: Grad-CAM at ln_1 of the last block.
+
+        cam_k = ReLU(sum_c w_kc A_c),   w_kc = mean over patches of  d p_k / d A_c
+    A (N, C) are ln_1's outputs, p = softmax(scale * cosine(image, texts)) over the photo's J classes
+    and all background words. The image's feature is the mean of its PATCHES, since a class token
+    tells no place (E5). The gradient is that of the probability: what speaks for a background
+    word as well speaks against the class (E6). It reaches A through the attention alone, the
+    residual sum goes past ln_1.
+    x (1, 1 + N, C) tokens; texts (J + background words, D), the photo's classes first; scale:
+    CLIP's exp(logit_scale). Returns a dict: probs (J + words,), weights (J, C), raw (J, N) before
+    ReLU, attention (1, 1 + N, 1 + N) of the last block.
+    """
+    block = visual.transformer.resblocks[-1]
+    a = block.ln_1(x).detach().requires_grad_()
+    with torch.enable_grad():
+        x, attention = open_block(block, x, a)
+        feature = visual.ln_post(x)[:, 1:].mean(1) @ visual.proj  # (1, D)
+        probs = (scale * F.normalize(feature, dim=1) @ texts.T).softmax(1)[0]  # (J + words,)
+        # one forward pass serves all classes, each has a backward pass of its own
+        gradients = [torch.autograd.grad(p, a, retain_graph=True)[0] for p in probs[:J]]
+    weights = torch.cat(gradients)[:, 1:].mean(1)  # (J, C)
+    raw = weights @ a.detach()[0, 1:].T  # (J, N)
+    return {"probs": probs.detach(), "weights": weights, "raw": raw,
+            "attention": attention.detach()}
+
+
+def balance(A: torch.Tensor, rounds: int = 3) -> torch.Tensor:
+    """Attention (N, N) -> nearly doubly stochastic: columns, then rows, are divided by their sums.
+
+    Sinkhorn's iteration: a patch that all others look at no longer outweighs them (E9).
+    """
+    for _ in range(rounds):
+        A = A / A.sum(0, keepdim=True)
+        A = A / A.sum(1, keepdim=True)
+    return A
+
+
+def affinity(attentions: list[torch.Tensor], last: int = 8) -> torch.Tensor:
+    """How much each patch belongs to each other one, (N, N): from the last 8 blocks' attention.
+
+    The class token's row and column are cut off, without making rows sum to one again (E8). After
+    balancing, "i looks at j" and "j looks at i" are averaged; squaring lets friends of friends
+    count: one step of a random walk more.
+    """
+    A = balance(torch.cat(attentions[-last:])[:, 1:, 1:].mean(0))
+    A = (A + A.T) / 2
+    return A @ A
+
+
+def box_mask(cam: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Where the affinity may take a class's evidence from: (h, w) bool, a union of boxes.
+
+    A box surrounds each 8-connected region above `threshold` times the maximum; compared are
+    bytes, cut off, strictly (E10). cam (h, w) in [0, 1].
+    """
+    levels = (cam.cpu() * 255).byte()  # the maximum is 254: min_max ends just under 1 (E7)
+    above = levels > int(threshold * int(levels.max()))
+    # Each cell above starts with a number of its own; taking the largest one next to it, again
+    # and again, gives all cells of a region the same.
+    number = torch.arange(1.0, 1 + cam.numel()).view_as(levels) * above
+    while True:
+        spread = F.max_pool2d(number[None], 3, stride=1, padding=1)[0] * above
+        if torch.equal(spread, number):
+            break
+        number = spread
+    mask = torch.zeros_like(above)
+    for n in number[above].unique():
+        rows, columns = torch.nonzero(number == n, as_tuple=True)
+        # A box never holds the grid's last row and column, so that a region that touches them
+        # loses a part, and one that lies in them alone is lost (E11).
+        bottom = min(int(rows.max()) + 1, cam.shape[0] - 1)
+        right = min(int(columns.max()) + 1, cam.shape[1] - 1)
+        mask[int(rows.min()):bottom, int(columns.min()):right] = True
+    return mask.to(cam.device)
+
+
+def class_aware_affinity(A: torch.Tensor, cams: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """CAMs (J, h, w) spread along the affinity A (N, N), from inside their boxes: (J, h, w).
+
+    masks (J, h, w) bool. A patch outside the boxes gives nothing, but may receive (E13). That
+    makes the affinity class-aware: likeness in general, evidence of this class alone.
+    """
+    sources = (cams * masks).flatten(1)  # (J, N), columns of A outside are multiplied by 0
+    return (sources @ A.T).view_as(cams)
+
+
+@torch.no_grad()
+def clip_cams(model: clip.CLIP, texts: torch.Tensor, image: np.ndarray, J: int, threshold: float,
+              machine) -> dict[str, torch.Tensor]:
+    """One photo's CAMs by CLIP, before and after the affinity.
+
+    texts (J + background words, D), the photo's J classes first; image (H, W, 3) uint8. Returns
+    {"probs" (J,), "before" (J, h, w), "boxes" (J, h, w) bool, "after" (J, h, w)}: the classes'
+    probabilities, and at stride 16 maps in [0, 1) and where the affinity took its evidence from.
+    With --amp all blocks but the last are in bfloat16; gradient and affinity stay in float32.
+    """
+    x = clip_input(image).to(machine.device)
+    h, w = x.shape[2] // 16, x.shape[3] // 16
+    if J == 0:
+        none = torch.zeros(0, h, w)
+        return {"probs": torch.zeros(0), "before": none, "boxes": none.bool(), "after": none}
+    visual = model.visual
+    with machine.autocast():
+        tokens, attentions = patch_tokens(visual, x, half_positions(visual, h, w))
+    found = grad_cam(visual, tokens, texts, J, model.logit_scale.exp())
+    before = min_max(min_max(found["raw"].relu().view(J, h, w)))  # twice, as released (E7)
+    boxes = torch.stack([box_mask(cam, threshold) for cam in before])
+    A = affinity([*attentions, found["attention"]])
+    after = min_max(class_aware_affinity(A, before, boxes))
+    return {"probs": found["probs"][:J], "before": before, "boxes": boxes, "after": after}
+
+
+def clip_scores(cams: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """CAMs (J, h, w) in [0, 1] -> (1 + J, H, W) float16: [1 - the largest ; cams] at `size` (H, W).
+
+    Not stretched again after the resize, so a map may peak at 0.96 (E14). float16 is how the
+    released code stores its CAMs, and it reckons on in it (E15).
+    """
+    cams = F.interpolate(cams[None], size, mode="bilinear", align_corners=False)[0].half()
+    return torch.cat([1 - cams.amax(0, keepdim=True), cams])
+
+
+def wrapped_colours(image: np.ndarray) -> torch.Tensor:
+    """Photo (H, W, 3) uint8 RGB -> what CLIP-ES's CRF compares, (3, H, W) uint8.
+
+    Blue, green, red minus ImageNet's mean, cut off to a byte: what is darker than the mean wraps
+    round to the bright end, so a dark grey and a bright one look alike, and two darks either side
+    of the mean look far apart. A slip, but the published numbers contain it (E16).
+    """
+    x = torch.from_numpy(image[:, :, ::-1].copy()).permute(2, 0, 1).float()
+    x = x - x.new_tensor((104.008, 116.669, 122.675))[:, None, None]
+    return (x.trunc() % 256).byte()
+
+
+def log_scores(scores: torch.Tensor) -> torch.Tensor:
+    """log of scores (float16), floored at 1e-5 and itself rounded to float16, as released (E15)."""
+    return scores.clamp(1e-5, 1).log()
+
+
+def crf_of_scores(scores: torch.Tensor, image: np.ndarray) -> torch.Tensor:
+    """Scores (1 + J, H, W) float16 and the photo (H, W, 3) -> the CRF's Q (1 + J, H, W) float32."""
+    probs = log_scores(scores).float().exp()  # dense_crf takes their logarithm again
+    colours = wrapped_colours(image).to(scores.device)
+    return dense_crf(probs[None], colours[None], *CLIP_CRF)[0]
+
+
+def confident_labels(Q: torch.Tensor, classes) -> np.ndarray:
+    """Q (1 + J, H, W) -> label map (H, W) uint8: the likeliest class, 255 below CONFIDENCE.
+
+    classes: the J class numbers from 1 (E17).
+    """
+    best, index = Q.max(0)
+    label = np.concatenate([[0], classes]).astype(np.uint8)[index.cpu().numpy()]
+    label[(best < CONFIDENCE).cpu().numpy()] = IGNORE
+    return label
+
+
+def encode_classes(model: clip.CLIP, data: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text features of all classes but background (K - 1, D), and of the background words."""
+    foreground, background = class_texts(data)
+    tokens = text_tokens(foreground + background, model.context_length)
+    features = encode_texts(model, tokens.to(model.text_projection.device))
+    return features[:len(foreground)], features[len(foreground):]
+
+
+def clip_seed(model, texts, image: np.ndarray, classes: list[int], threshold: float, machine):
+    """One photo, all steps: (arrays for its .npz, label map (H, W) uint8 with 255 where unsure).
+
+    texts: of `encode_classes`; classes: the photo's class numbers from 1. The arrays are the
+    classifier's "keys" (J,) and "cam" (J, H/4, W/4) float16, and with them what explains the seed:
+    "probs" (J,), and at stride 16 "before" (J, h, w) float16 and "boxes" (J, h, w) bool.
+    """
+    H, W = image.shape[:2]
+    foreground, background = texts
+    numbers = torch.tensor(classes, dtype=torch.int64, device=background.device)
+    here = torch.cat([foreground[numbers - 1], background])  # the photo's classes first
+    found = clip_cams(model, here, image, len(classes), threshold, machine)
+    label, cam = np.zeros((H, W), np.uint8), torch.zeros(0, -(-H // 4), -(-W // 4))
+    if classes:
+        label = confident_labels(crf_of_scores(clip_scores(found["after"], (H, W)), image), classes)
+        cam = F.interpolate(found["after"][None], cam.shape[1:], mode="bilinear")[0]
+    arrays = {"keys": np.array(classes, np.uint8), "cam": cam.half(), "probs": found["probs"],
+              "before": found["before"].half(), "boxes": found["boxes"]}
+    return {name: np.asarray(torch.as_tensor(a).cpu()) for name, a in arrays.items()}, label
+
+
+def seeds_from_clip(model: clip.CLIP, data, ids, labels, machine, folder) -> dict:
+    """Write what --method clip leaves; returns its provenance."""
+    model = model.to(machine.device).requires_grad_(False)
+    texts = encode_classes(model, data)
+    threshold = BOX_THRESHOLD.get(data.name, BOX_THRESHOLD["VOC2012"])
+
+    def make(image, classes):
+        return clip_seed(model, texts, image, classes, threshold, machine)
+
+    write_seeds(make, data, ids, labels, machine, folder)
+    if machine.main:
+        write_clip_log(data, ids, folder)
+    # label_filter: the image's labels have said which classes may appear
+    return dict(iters=0, scales=[1], flip=False, crf=True, label_filter=True)
+
+
+def write_clip_log(data, ids, folder):
+    """Write log.jsonl: a line a photo, with its classes' probabilities and its unsure part.
+
+    From the files, at the end: so it is whole however often the run was cut off.
+    """
+    lines = []
+    for step, image_id in enumerate(ids):
+        with np.load(folder / "cams" / f"{image_id}.npz") as cams:
+            names = [data.classes[k] for k in cams["keys"]]
+            probs = [round(float(p), 6) for p in cams["probs"]]
+        unsure = (read_label(folder / "seeds" / f"{image_id}.png") == IGNORE).mean()
+        line = {"step": step, "id": image_id, "probs": dict(zip(names, probs)),
+                "unsure": round(float(unsure), 4)}
+        lines.append(json.dumps(line) + "\n")
+    write_text(folder / "log.jsonl", "".join(lines))
 
 
 # ================================================================== II. the dense CRF of all stages
@@ -978,6 +1333,32 @@ def preview_ids(ids: list[str], n: int = 8) -> list[str]:
 
 # -------------------------------------------------------------------- the options that stages share
 
+def load_clip(name: str, seed: int, machine) -> tuple[clip.CLIP, str]:
+    """`--clip` -> (CLIP on the CPU, what tells it from another: its file's sha256).
+
+    Raises ValueError for a model that is not there or whose patches are not 16 pixels wide.
+    """
+    if name == "random":
+        if machine.main:
+            print("--clip random: an untrained ViT-B/16, for tests and timings: it knows nothing")
+        torch.manual_seed(seed)
+        return clip.CLIP(), f"random, seed {seed}"
+    if name in clip.MODELS and not name.endswith("/16"):
+        raise ValueError(f"--clip {name}: the pyramid adapter is made for patch 16, so ViT-B/16")
+    # The first process downloads, the others wait and then find the file.
+    if not machine.main:
+        machine.wait()
+    path = clip.locate(name)
+    if machine.main:
+        machine.wait()
+    model = clip.CLIP.from_state_dict(clip.read_state_dict(path))
+    patch = model.visual.conv1.kernel_size
+    if patch != (16, 16):
+        raise ValueError(f"--clip {name}: patch size {patch[0]}; "
+                         "the pyramid adapter is made for 16")
+    return model, clip.file_sha256(path)
+
+
 def common_options(description: str, lr, batch_size, crop, recipe=None):
     """The parser with the options that all stages have, and its group "method".
 
@@ -1060,12 +1441,12 @@ def open_run(args):
         if value is not None and not smallest <= value < math.inf:  # so NaN is refused too
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {value}: at least {smallest} is expected")
-    if args.crop % 32:  # the coarsest stride of any network here
+    if args.crop is not None and args.crop % 32:  # the coarsest stride of any network here
         raise ValueError(f"--crop {args.crop}: a multiple of 32 is expected")
     data = find_dataset(args.data)
     args.split = args.split or data.training_split()
     machine = Machine(args.device, args.amp)
-    if args.batch_size % machine.world:
+    if args.batch_size is not None and args.batch_size % machine.world:
         raise ValueError(f"--batch-size {args.batch_size}: must divide among {machine.world} "
                          "processes")
     if args.workers is None:
@@ -1077,6 +1458,10 @@ def open_run(args):
 
 # ======================================================================= stage 1's own command line
 
+# what --method clip has no use for
+TRAINING_OPTIONS = ("iters", "batch_size", "crop", "lr", "arch", "weights")
+
+
 def parse_args(argv=None):
     """The options of stage 1."""
     recipe = {"iters": "5 epochs; VOC's 10,582 images: 3,305",
@@ -1084,36 +1469,48 @@ def parse_args(argv=None):
     parser, method = common_options(__doc__.splitlines()[0], lr=None, batch_size=16, crop=512,
                                     recipe=recipe)
     backbone_options(method, "resnet50")
+    method.add_argument("--method", choices=("classifier", "clip"), default="classifier",
+                        help="classifier: train one on image labels and take its CAMs; clip: ask "
+                             "CLIP (CLIP-ES); nothing is trained, so --iters, --batch-size, "
+                             "--crop, --lr, --arch and --weights are not read [%(default)s]")
+    method.add_argument("--clip", default="ViT-B/16", metavar="NAME|PATH|random",
+                        help="with --method clip: OpenAI's (downloaded) or a file, best the one "
+                             "that stage 2 gets; random: untrained, for timings [%(default)s]")
     return parser.parse_args(argv)
 
 
 def main():
-    """Labels in, seeds out: check, train, write, and say what comes next."""
+    """Labels in, seeds out: check, train or ask CLIP, write, and say what comes next."""
     args = parse_args()
+    if args.method == "clip":
+        for name in TRAINING_OPTIONS:  # not read, so they shall not tell one run from another
+            setattr(args, name, None)
     data, machine = open_run(args)
     ids = data.ids(args.split, args.limit)
     labels = data.image_labels(ids)  # {id: class numbers from 1}
     if machine.main:
         check_inputs(data, ids)
-    args.lr = args.lr or (0.01 if args.weights == "none" else 0.1)
-    args.iters = args.iters or 5 * max(1, len(ids) // args.batch_size)  # 5 epochs
 
     folder = args.runs / data.name / "1_cam"
     digests = data.digests(args.split, labels=json.dumps(labels))
-    digests["weights"] = weights_digest(args.weights)
+    if args.method == "clip":
+        clip_model, digests["clip"] = load_clip(args.clip, args.seed, machine)
+        digests["texts"] = json.dumps(class_texts(data))
+    else:
+        args.clip = None
+        args.lr = args.lr or (0.01 if args.weights == "none" else 0.1)
+        args.iters = args.iters or 5 * max(1, len(ids) // args.batch_size)  # 5 epochs
+        digests["weights"] = weights_digest(args.weights)
     start_run(folder, args, machine, digests)
     if is_finished(folder):
         print(f"{folder}: finished; --overwrite starts afresh")
         return
 
-    torch.manual_seed(args.seed)  # of the new layers' first weights
-    model = Classifier(args.arch, args.weights, len(data.classes) - 1).to(machine.device)
-    train(model, data, ids, labels, args, machine, folder)
-    write_seeds(model, data, ids, labels, args, machine, folder)
+    if args.method == "clip":
+        facts = seeds_from_clip(clip_model, data, ids, labels, machine, folder)
+    else:
+        facts = seeds_from_classifier(data, ids, labels, args, machine, folder)
     if machine.main:
-        # label_filter: the image's labels have said which classes may appear
-        facts = dict(iters=args.iters, scales=list(CAM_SCALES), flip=True, crf=False,
-                     label_filter=True)
         set_provenance(folder, facts)
         preview(data, ids, folder)
         mark_finished(folder)

@@ -52,14 +52,10 @@ import clip
 from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, VOC_CLASSES, check_inputs, dataset_name,
                   folder_digest, for_each, read_args, read_image, read_label, run, write_json,
                   write_label, write_whole)
-from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, common_options, crop_or_pad,
-                        dense_crf, fit, is_finished, load_trained, mark_finished, mark_unfinished,
-                        normalise, open_run, preview_ids, read_checkpoint, set_provenance,
-                        start_run, truth_pictures, write_preview)
-
-# What CLIP's photos were normalised with, in grey levels 0..255; R, G, B.
-CLIP_MEAN = tuple(255 * v for v in (0.48145466, 0.4578275, 0.40821073))
-CLIP_STD = tuple(255 * v for v in (0.26862954, 0.26130258, 0.27577711))
+from stage1_cam import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Machine, common_options,
+                        crop_or_pad, dense_crf, fit, is_finished, load_clip, load_trained,
+                        mark_finished, mark_unfinished, normalise, open_run, preview_ids,
+                        read_checkpoint, set_provenance, start_run, truth_pictures, write_preview)
 
 # Temperature of the score map's cross entropy. A cosine differs by a few tenths between a class
 # that fits and one that does not; divided by 0.07 the difference is large enough for a softmax.
@@ -1302,33 +1298,6 @@ def mask_crf(args, table=MASK_CRF):
 # ================================================================================== checkpoints
 # Ours hold the trained parts and the digest of the CLIP that they were trained around. Released
 # ones hold their own CLIP and are told from ours by their keys; a table translates the names.
-
-def load_clip(name: str, seed: int, machine: Machine):
-    """`--clip` -> (CLIP on the CPU, what tells it from another: its file's sha256).
-
-    Raises ValueError for a model that is not there or whose patches are not 16 pixels wide.
-    """
-    if name == "random":
-        if machine.main:
-            print("--clip random: an untrained ViT-B/16, for tests and timings; "
-                  "masks will be no better than the seeds")
-        torch.manual_seed(seed)
-        return clip.CLIP(), f"random, seed {seed}"
-    if name in clip.MODELS and not name.endswith("/16"):
-        raise ValueError(f"--clip {name}: the pyramid adapter is made for patch 16, so ViT-B/16")
-    # The first process downloads, the others wait and then find the file.
-    if not machine.main:
-        machine.wait()
-    path = clip.locate(name)
-    if machine.main:
-        machine.wait()
-    model = clip.CLIP.from_state_dict(clip.read_state_dict(path))
-    patch = model.visual.conv1.kernel_size
-    if patch != (16, 16):
-        raise ValueError(f"--clip {name}: patch size {patch[0]}; "
-                         "the pyramid adapter is made for 16")
-    return model, clip.file_sha256(path)
-
 
 def new_network(args, data, switches: Switches, machine: Machine):
     """An untrained WeakCLIP, and its facts: what tells its checkpoint from another's."""

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import clip
+import stage1_cam as stage1
 import stage2_weakclip as stage2
+from eval import COCO_CLASSES, VOC_CLASSES, Dataset
 from stage1_cam import dense_crf
 
 FORWARD, LOSS, GRADIENT, OWN_CRF, Q = 1e-5, 1e-6, 2e-5, 1e-3, 1e-4
@@ -250,6 +253,145 @@ def test_batchnorm_after_the_step(path, name):
         close(ours, theirs, FORWARD)
     else:
         assert torch.equal(ours, theirs)
+
+
+# ============================================================ CLIP-ES: seeds from CLIP alone
+
+# Tolerances of each recorded quantity, a map's relative to its own class; 0: equal.
+CLIP_ES = {"fg_features": 2e-6, "bg_features": 2e-6, "input_uint8": 0, "input": 1e-6, "positions": 0,
+           "tokens": 3e-6, "activations": 3e-6, "attn": 5e-6, "attn_mean": 5e-6, "probs": 2e-5,
+           "weights": 3e-5, "cam_raw": 3e-5, "cam": 3e-5, "box_mask": 0, "refined": 3e-5,
+           "resized": 3e-5, "saved_keys": 0, "crf_image": 0, "crf_out": 2e-2}
+AFFINITY, CRF_FROM_THEIRS, LABELS = 3e-6, 1e-3, 1e-3
+
+
+def clip_es_cases(names):
+    """(file, "images" or "images_float_pos", image number, name) for all recorded `names`."""
+    out = []
+    for path in FILES:
+        for key in ("images", "images_float_pos"):
+            for i, recorded in enumerate(golden(path).get(key, [])):
+                where = f"{path.parent.name}/{path.stem}-{key}{i}"
+                out += [pytest.param(path, key, i, n, id=f"{where}-{n}") for n in recorded if n in names]
+    return out
+
+
+@lru_cache(maxsize=None)
+def clip_es_model(path):
+    """(the golden's CLIP, its text features: foreground first)."""
+    g = golden(path)
+    model = clip.CLIP.from_state_dict(g["state_dict"], vision_heads=g["config"]["vision_heads"],
+                                      transformer_heads=g["config"]["text_heads"])
+    return model, stage1.encode_texts(model, g["tokens"].long())
+
+
+@lru_cache(maxsize=None)
+def clip_es(path, key, i):
+    """All that ours makes of an image, under the golden's names; each step from our own step before."""
+    g, (model, texts) = golden(path), clip_es_model(path)
+    image, labels = g["images"][i]["image"].numpy(), g["images"][i]["labels"]
+    n_fg, J, visual = len(g["fg_names"]), len(labels), model.visual
+    texts = torch.cat([texts[:n_fg][labels], texts[n_fg:]])
+    out = {"input": stage1.clip_input(image)[0], "saved_keys": labels}
+    mean, std = (torch.tensor(v)[:, None, None] for v in (stage1.CLIP_MEAN, stage1.CLIP_STD))
+    out["input_uint8"] = (out["input"] * std + mean).round().byte().permute(1, 2, 0)
+    h, w = (n // 16 for n in out["input"].shape[1:])
+    out["positions"] = stage1.half_positions(visual, h, w).half()
+    positions = out["positions"].float()
+    if key == "images_float_pos":
+        positions = clip.resize_positions(visual.positional_embedding, h, w)
+    tokens, attentions = stage1.patch_tokens(visual, out["input"][None], positions)
+    found = stage1.grad_cam(visual, tokens, texts, J, model.logit_scale.exp())
+    attentions = [*attentions, found["attention"]]
+    out["tokens"], out["attn"] = tokens[0], torch.cat(attentions)
+    activations = visual.transformer.resblocks[-1].ln_1(tokens)[0, 1:].T.unflatten(1, (h, w))
+    out |= {"activations": activations.detach(), "probs": found["probs"], "weights": found["weights"]}
+    out["attn_mean"] = out["attn"][-g["config"]["last_blocks"]:, 1:, 1:].mean(0)
+    out["cam_raw"] = found["raw"].view(J, h, w)
+    out["cam"] = stage1.min_max(stage1.min_max(out["cam_raw"].relu()))
+    out["boxes"] = torch.stack([stage1.box_mask(cam, g["config"]["threshold"]) for cam in out["cam"]])
+    out["box_mask"] = out["boxes"].byte()
+    out["square"] = stage1.affinity(attentions, g["config"]["last_blocks"])
+    out["refined"] = stage1.class_aware_affinity(out["square"], out["cam"], out["boxes"])
+    after = stage1.min_max(out["refined"])
+    out["resized"] = F.interpolate(after[None], image.shape[:2], mode="bilinear")[0]
+    out["crf_in"] = stage1.clip_scores(after, image.shape[:2])
+    out["crf_image"] = stage1.wrapped_colours(image).permute(1, 2, 0)
+    out["crf_out"] = stage1.crf_of_scores(out["crf_in"], image)
+    out["label"] = torch.from_numpy(stage1.confident_labels(out["crf_out"], labels.numpy() + 1))
+    out["label_full"] = torch.cat([torch.zeros(1), labels + 1]).byte()[out["crf_out"].argmax(0)]
+    return out
+
+
+@pytest.mark.parametrize("path, g_key", [pytest.param(*c.values, id=c.id) for c in cases("fg_names")])
+def test_clip_es_texts(path, g_key):
+    """The golden's texts are those that ours makes of VOC's or COCO's class names."""
+    g = golden(path)
+    classes = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}[g["config"]["dataset"]]
+    foreground, background = stage1.class_texts(Dataset(Path(), "any", classes, {}))
+    assert (foreground, background, stage1.TEMPLATE) == (g["fg_names"], g["bg_names"], g["template"])
+    assert torch.equal(stage1.text_tokens(foreground + background, 77), g["tokens_real"].long())
+
+
+@pytest.mark.parametrize("path, g_key", [pytest.param(*c.values, id=c.id) for c in cases("fg_names")])
+def test_clip_es_text_features(path, g_key):
+    ours, g = clip_es_model(path)[1], golden(path)
+    close(ours[:len(g["fg_names"])], g["fg_features"], CLIP_ES["fg_features"])
+    close(ours[len(g["fg_names"]):], g["bg_features"], CLIP_ES["bg_features"])
+
+
+@pytest.mark.parametrize("path, key, i, name", clip_es_cases(CLIP_ES))
+def test_clip_es_step(path, key, i, name):
+    ours, theirs = clip_es(path, key, i)[name], golden(path)[key][i][name]
+    if CLIP_ES[name] == 0:
+        assert torch.equal(ours, theirs)
+    elif name in ("cam_raw", "cam", "refined", "resized"):
+        assert len(ours) == len(theirs)
+        for k in range(len(ours)):
+            close(ours[k], theirs[k], CLIP_ES[name])
+    else:
+        close(ours, theirs, CLIP_ES[name])
+
+
+@pytest.mark.parametrize("path, key, i, name", clip_es_cases(["affinity"]))
+def test_clip_es_affinity(path, key, i, name):
+    """Every step on the recorded attention, and all of them on our own."""
+    recorded, A = golden(path)[key][i][name], golden(path)[key][i]["attn_mean"]
+    for n in (1, 2, 3):
+        column = stage1.balance(A, n - 1)
+        close(column / column.sum(0, keepdim=True), recorded[f"col{n}"], AFFINITY)
+        close(stage1.balance(A, n), recorded[f"row{n}"], AFFINITY)
+    symmetric = (stage1.balance(A) + stage1.balance(A).T) / 2
+    close(symmetric, recorded["sym"], AFFINITY)
+    close(symmetric @ symmetric, recorded["square"], AFFINITY)
+    close(clip_es(path, key, i)["square"], recorded["square"], AFFINITY)
+
+
+@pytest.mark.parametrize("path, name", cases("box_cases", lambda g: list(g["box_cases"])))
+def test_clip_es_boxes(path, name):
+    case = golden(path)["box_cases"][name]
+    assert torch.equal(stage1.box_mask(case["map"], case["threshold"]).byte(), case["mask"])
+
+
+@pytest.mark.parametrize("path, key, i, name", clip_es_cases(["crf_in"]))
+def test_clip_es_crf(path, key, i, name):
+    """What enters differs by one step of float16 at most, in 1 % of values; what comes out of theirs is theirs."""
+    g, ours = golden(path)["images"][i], clip_es(path, key, i)["crf_in"]
+    assert ours.dtype == torch.float16 and (ours != g["crf_in"]).float().mean() <= 0.01
+    close(ours, g["crf_in"], 1e-3)
+    close(stage1.crf_of_scores(g["crf_in"], g["image"].numpy()), g["crf_out"], CRF_FROM_THEIRS)
+
+
+@pytest.mark.parametrize("path, key, i, name", clip_es_cases(["crf_unary"]))
+def test_clip_es_unary(path, key, i, name):
+    g = golden(path)["images"][i]
+    close(-stage1.log_scores(g["crf_in"]), g["crf_unary"], 1e-3)
+
+
+@pytest.mark.parametrize("path, key, i, name", clip_es_cases(["label", "label_full"]))
+def test_clip_es_labels(path, key, i, name):
+    differ = clip_es(path, key, i)[name] != golden(path)[key][i][name]
+    assert differ.float().mean() <= LABELS
 
 
 # ================================================================================================ dense CRF at full size
