@@ -422,7 +422,7 @@ def preview(data, ids, folder):
     write_preview(folder / "preview.png", rows)
 
 
-# ------------------------------ Seeds from CLIP alone: --method clip (CLIP-ES, Lin et al., CVPR 2023)
+# -------------------------- Seeds from CLIP alone: --method clip (CLIP-ES, Lin et al., CVPR 2023)
 # Nothing is trained. CLIP has seen which words go with which pictures; asked for a class that is
 # in the photo, its own gradients tell which places spoke for it (Grad-CAM), and its own attention
 # tells which places belong together (affinity). A dense CRF draws the borders, and what stays
@@ -513,9 +513,10 @@ def open_block(block: nn.Module, x: torch.Tensor, a: torch.Tensor):
 
 @torch.no_grad()
 def patch_tokens(visual: nn.Module, image: torch.Tensor, positions: torch.Tensor):
-    """(tokens that enter the last block (1, 1 + N, C), [attention (1, 1 + N, 1 + N) of the others]).
+    """(tokens that enter the last block (1, 1 + N, C), the attention of each block before it).
 
-    No gradient is kept: Grad-CAM asks for none below the last block.
+    The attentions: a list of (1, 1 + N, 1 + N). No gradient is kept: Grad-CAM asks for none below
+    the last block. A sequence of 77 tokens, the length of a text, is nothing special here (E18).
     """
     x, attentions = visual.embed(image, positions), []
     for block in visual.transformer.resblocks[:-1]:
@@ -530,18 +531,20 @@ def min_max(maps: torch.Tensor) -> torch.Tensor:
     return maps / (1e-7 + maps.amax((1, 2), keepdim=True))
 
 
-def grad_cam(visual: nn.Module, x: torch.Tensor, texts: torch.Tensor, J: int, scale: float):
+def grad_cam(visual: nn.Module, x: torch.Tensor, texts: torch.Tensor, J: int, scale) -> dict:
     """Which patches raise the probability of each class: Grad-CAM at ln_1 of the last block.
 
         cam_k = ReLU(sum_c w_kc A_c),   w_kc = mean over patches of  d p_k / d A_c
-    A (N, C) are ln_1's outputs, p = softmax(scale * cosine(image, texts)) over the photo's J classes
-    and all background words. The image's feature is the mean of its PATCHES, since a class token
-    tells no place (E5). The gradient is that of the probability: what speaks for a background
-    word as well speaks against the class (E6). It reaches A through the attention alone, the
+    Returns a dict: "probs" (J + words,), "weights" w (J, C), "raw" (J, N), the sum before ReLU,
+    and "attention" (1, 1 + N, 1 + N) of the last block.
+    x (1, 1 + N, C): the tokens that enter the block; texts (J + words, D): features of the photo's
+    J classes, then of the background words; scale: CLIP's exp(logit_scale).
+
+    A (N, C) are ln_1's outputs, p = softmax(scale * cosine(image, texts)). The image's feature is
+    the mean of its PATCHES: the class token's would not say which place it comes from (E5). What is
+    differentiated is the probability, not the cosine: a place that speaks for a background word as
+    well does not raise p_k (E6). The gradient reaches A through the attention alone, since the
     residual sum goes past ln_1.
-    x (1, 1 + N, C) tokens; texts (J + background words, D), the photo's classes first; scale:
-    CLIP's exp(logit_scale). Returns a dict: probs (J + words,), weights (J, C), raw (J, N) before
-    ReLU, attention (1, 1 + N, 1 + N) of the last block.
     """
     block = visual.transformer.resblocks[-1]
     a = block.ln_1(x).detach().requires_grad_()
@@ -584,7 +587,8 @@ def box_mask(cam: torch.Tensor, threshold: float) -> torch.Tensor:
     """Where the affinity may take a class's evidence from: (h, w) bool, a union of boxes.
 
     A box surrounds each 8-connected region above `threshold` times the maximum; compared are
-    bytes, cut off, strictly (E10). cam (h, w) in [0, 1].
+    bytes, cut off, strictly (E10). cam (h, w) in [0, 1]. A region with a hole has one box, that of
+    its rim; the released code gives the hole a box too, inside that one (E12).
     """
     levels = (cam.cpu() * 255).byte()  # the maximum is 254: min_max ends just under 1 (E7)
     above = levels > int(threshold * int(levels.max()))
@@ -656,9 +660,9 @@ def clip_scores(cams: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def wrapped_colours(image: np.ndarray) -> torch.Tensor:
     """Photo (H, W, 3) uint8 RGB -> what CLIP-ES's CRF compares, (3, H, W) uint8.
 
-    Blue, green, red minus ImageNet's mean, cut off to a byte: what is darker than the mean wraps
-    round to the bright end, so a dark grey and a bright one look alike, and two darks either side
-    of the mean look far apart. A slip, but the published numbers contain it (E16).
+    Blue, green, red minus ImageNet's mean, as a byte: what is darker than the mean wraps round to
+    the bright end. So black (152) and white (151) look alike, and two greys just below and above
+    the mean are 255 apart. A slip, but the published numbers contain it (E16).
     """
     x = torch.from_numpy(image[:, :, ::-1].copy()).permute(2, 0, 1).float()
     x = x - x.new_tensor((104.008, 116.669, 122.675))[:, None, None]
@@ -706,15 +710,18 @@ def clip_seed(model, texts, image: np.ndarray, classes: list[int], threshold: fl
     H, W = image.shape[:2]
     foreground, background = texts
     numbers = torch.tensor(classes, dtype=torch.int64, device=background.device)
-    here = torch.cat([foreground[numbers - 1], background])  # the photo's classes first
+    here = torch.cat([foreground[numbers - 1], background])  # (J + words, D), the photo's first
     found = clip_cams(model, here, image, len(classes), threshold, machine)
-    label, cam = np.zeros((H, W), np.uint8), torch.zeros(0, -(-H // 4), -(-W // 4))
-    if classes:
-        label = confident_labels(crf_of_scores(clip_scores(found["after"], (H, W)), image), classes)
-        cam = F.interpolate(found["after"][None], cam.shape[1:], mode="bilinear")[0]
-    arrays = {"keys": np.array(classes, np.uint8), "cam": cam.half(), "probs": found["probs"],
-              "before": found["before"].half(), "boxes": found["boxes"]}
-    return {name: np.asarray(torch.as_tensor(a).cpu()) for name, a in arrays.items()}, label
+    label = np.zeros((H, W), np.uint8)
+    if classes:  # a photo of nothing that has a name is all background (E21)
+        Q = crf_of_scores(clip_scores(found["after"], (H, W)), image)  # (1 + J, H, W)
+        label = confident_labels(Q, classes)
+    grid = (math.ceil(H / 4), math.ceil(W / 4))
+    cams = F.interpolate(found["after"][:, None], grid, mode="bilinear")[:, 0]  # (J, H/4, W/4)
+    arrays = {"cam": cams.half(), "before": found["before"].half(), "boxes": found["boxes"],
+              "probs": found["probs"]}
+    arrays = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+    return {"keys": np.array(classes, np.uint8), **arrays}, label
 
 
 def seeds_from_clip(model: clip.CLIP, data, ids, labels, machine, folder) -> dict:

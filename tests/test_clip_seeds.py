@@ -41,8 +41,9 @@ def of_names(classes, texts=None):
 
 def test_vocs_texts_have_four_synonyms_and_25_background_words():
     foreground, background = of_names(VOC_CLASSES)
-    changed = {n: t for n, t in zip(VOC_CLASSES[1:], foreground) if n != t}
-    assert changed == {"bird": "bird avian", "chair": "chair seat", "tvmonitor": "tvmonitor screen",
+    changed = {name: text for name, text in zip(VOC_CLASSES[1:], foreground) if name != text}
+    assert changed == {"bird": "bird avian", "chair": "chair seat",
+                       "tvmonitor": "tvmonitor screen",
                        "person": "person with clothes,people,human"}
     assert len(background) == 25 and background[0] == "ground" and background[-1] == "sign"
 
@@ -60,7 +61,8 @@ def test_cocos_texts_have_vocs_spelling_thirteen_synonyms_and_23_background_word
 def test_synonyms_of_a_dataset_of_ones_own(tmp_path):
     """classes.txt: `name: synonym, synonym`; a name without them is its own text."""
     folder = draw_dataset(tmp_path / "own", train=2, val=1)
-    (folder / "classes.txt").write_text("background\ncat\ndog: dog, hound\ntraffic light: street sign\n")
+    lines = ["background", "cat", "dog: dog, hound", "traffic light: street sign"]
+    (folder / "classes.txt").write_text("\n".join(lines))
     data = find_dataset(str(folder))
     assert data.classes == ("background", "cat", "dog", "traffic light")
     foreground, background = stage1.class_texts(data)
@@ -84,7 +86,8 @@ def test_photos_are_stretched_to_multiples_of_16(size, expected):
     image = np.full((*size, 3), 200, np.uint8)
     x = stage1.clip_input(image)[0]
     assert tuple(x.shape[1:]) == expected
-    grey = x * torch.tensor(stage1.CLIP_STD)[:, None, None] + torch.tensor(stage1.CLIP_MEAN)[:, None, None]
+    mean, std = (torch.tensor(v)[:, None, None] for v in (stage1.CLIP_MEAN, stage1.CLIP_STD))
+    grey = x * std + mean
     assert (grey - 200).abs().max() < 1e-3
 
 
@@ -97,7 +100,7 @@ def test_positions_are_rounded_to_half(model):
 
 
 def test_open_blocks_are_clips_own(model):
-    """The block with its attention in sight gives what the block gives; attention rows sum to one."""
+    """With its attention in sight a block gives what it gave; attention rows sum to one."""
     block, x = model.visual.transformer.resblocks[3], torch.randn(2, 9, 64)
     after, attention = stage1.open_block(block, x, block.ln_1(x))
     torch.testing.assert_close(after, block(x), rtol=1e-5, atol=1e-5)
@@ -106,12 +109,12 @@ def test_open_blocks_are_clips_own(model):
 
 
 def test_a_sequence_of_77_is_an_image_too(model):
-    """The released code takes 77 tokens for a text and runs the last block twice; ours counts nothing."""
-    wide = np.random.default_rng(1).integers(0, 256, (64, 304, 3), dtype=np.uint8)  # 4 x 19 = 76 patches
-    x = stage1.clip_input(wide)
-    tokens, attentions = stage1.patch_tokens(model.visual, x, stage1.half_positions(model.visual, 4, 19))
+    """The released code takes 77 tokens for a text and runs the last block twice; ours does not."""
+    wide = np.random.default_rng(1).integers(0, 256, (64, 304, 3), dtype=np.uint8)
+    x, positions = stage1.clip_input(wide), stage1.half_positions(model.visual, 4, 19)
+    tokens, attentions = stage1.patch_tokens(model.visual, x, positions)  # of 76 patches
     assert tokens.shape == (1, 77, 64) and len(attentions) == 9
-    expected = model.visual.embed(x, stage1.half_positions(model.visual, 4, 19))
+    expected = model.visual.embed(x, positions)
     for block in model.visual.transformer.resblocks[:-1]:
         expected = block(expected)
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
@@ -120,7 +123,7 @@ def test_a_sequence_of_77_is_an_image_too(model):
 # ================================================================================= Grad-CAM
 
 def probability(visual, x, texts, k, change):
-    """p_k when `change` (1, 1 + N, C) is added to ln_1's output in the last block: written out anew."""
+    """p_k when `change` (1, 1 + N, C) is added to ln_1's output in the last block."""
     block = visual.transformer.resblocks[-1]
     a = block.ln_1(x) + change
     y = x + block.attn(a)
@@ -131,7 +134,7 @@ def probability(visual, x, texts, k, change):
 
 
 def test_weights_are_the_mean_gradients_of_the_probability(model):
-    """Against finite differences in float64: raising channel c at every patch changes p_k by N w_kc."""
+    """Against differences in float64: raising channel c at all N patches raises p_k by N w_kc."""
     visual = copy.deepcopy(model.visual).double()
     torch.manual_seed(2)
     x, texts = torch.randn(1, 13, 64).double(), torch.randn(6, 48).double()
@@ -143,15 +146,17 @@ def test_weights_are_the_mean_gradients_of_the_probability(model):
             step = torch.zeros(1, 13, 64).double()
             step[:, 1:, c] = 1e-4
             rise = probability(visual, x, texts, k, step) - probability(visual, x, texts, k, -step)
-            torch.testing.assert_close(found["weights"][k, c], rise / 2e-4 / 12, rtol=1e-5, atol=1e-12)
+            expected = rise / 2e-4 / 12
+            torch.testing.assert_close(found["weights"][k, c], expected, rtol=1e-5, atol=1e-12)
     activations = visual.transformer.resblocks[-1].ln_1(x)[0, 1:]
     torch.testing.assert_close(found["raw"], found["weights"] @ activations.T)
 
 
 def test_no_gradient_below_the_last_block(model, photo):
     x = stage1.clip_input(photo)
+    positions = stage1.half_positions(model.visual, 5, 6)
     with torch.enable_grad():
-        tokens, attentions = stage1.patch_tokens(model.visual, x, stage1.half_positions(model.visual, 5, 6))
+        tokens, attentions = stage1.patch_tokens(model.visual, x, positions)
     assert not tokens.requires_grad and not any(a.requires_grad for a in attentions)
 
 
@@ -258,7 +263,8 @@ def test_settings_of_the_published_numbers():
 
 def test_a_photo_without_classes_is_background(model, photo, dataset):
     data, machine = find_dataset(str(dataset)), stage1.Machine("cpu", False)
-    arrays, label = stage1.clip_seed(model, stage1.encode_classes(model, data), photo, [], 0.4, machine)
+    texts = stage1.encode_classes(model, data)
+    arrays, label = stage1.clip_seed(model, texts, photo, [], 0.4, machine)
     assert label.shape == (70, 90) and not label.any()
     assert arrays["cam"].shape == (0, 18, 23) and arrays["keys"].shape == (0,)
 
@@ -307,13 +313,15 @@ def test_it_leaves_the_files_of_the_classifier(run, dataset):
     assert said["options"]["method"] == "clip" and said["options"]["iters"] is None
     assert len(said["digests"]["clip"]) == 64 and said["provenance"]["iters"] == 0
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [line["id"] for line in lines] == ids and all(0 <= line["unsure"] <= 1 for line in lines)
+    assert [line["id"] for line in lines] == ids
+    assert all(0 <= line["unsure"] <= 1 for line in lines)
 
 
 def test_what_exists_is_done(run, tmp_path):
     """A run that lost seeds on the way makes them again, and only them, to the same bits."""
     folder = tmp_path / run[0].parent.name / "1_cam"
     shutil.copytree(run[0], folder)
+    stage1.mark_unfinished(folder)
     for name in ("preview.png", "seeds/train_1.png", "seeds/train_4.png"):
         (folder / name).unlink()
     kept = folder / "seeds" / "train_2.png"
@@ -328,9 +336,17 @@ def test_another_clip_or_method_is_refused(run, tmp_path):
     torch.manual_seed(5)
     other = {k: v + 0.01 for k, v in tiny_clip().state_dict().items()}
     torch.save(other, tmp_path / "other.pt")
-    assert "made with clip =" in script("stage1_cam.py", *run[1], "--clip", tmp_path / "other.pt", ok=False)
+    options = [*run[1], "--clip", tmp_path / "other.pt"]
+    assert "made with clip =" in script("stage1_cam.py", *options, ok=False)
     options = [*run[1], "--method", "classifier", "--weights", "none"]
     assert "1_cam was made with" in script("stage1_cam.py", *options, ok=False)
+
+
+def test_the_classifier_is_the_default_and_another_patch_is_refused(dataset, tmp_path):
+    args = stage1.parse_args(["--data", "x"])
+    assert (args.method, args.clip) == ("classifier", "ViT-B/16")
+    options = ["--data", dataset, "--runs", tmp_path, "--method", "clip", "--clip", "ViT-L/14"]
+    assert "made for patch 16" in script("stage1_cam.py", *options, ok=False)
 
 
 def test_options_of_training_are_not_read(run):
@@ -341,8 +357,8 @@ def test_two_processes_share_the_photos(run, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
-               ROOT / "stage1_cam.py", *run[1], "--runs", tmp_path]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               "--master_port", port, ROOT / "stage1_cam.py", *run[1], "--runs", tmp_path]
     r = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT,
                        env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert r.returncode == 0, r.stderr
