@@ -18,6 +18,7 @@ AUDIT = (ROOT / "AUDIT.md").read_text(encoding="utf-8")
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("clip/*.py")])
 FIELDS = {f.name: f for f in dataclasses.fields(Switches)}
 FINDINGS = set(range(1, 35))
+CLIP_ES_FINDINGS = set(range(1, 25))  # of CLIP-ES's code, numbered E1, E2, ...
 CODE = r"`((?:clip/)?\w+\.py):([A-Za-z_][\w.]*)`"
 TEST = r"`(test_\w+)::(\w+)`"  # `test_parity::test_eval` is test_eval of tests/test_parity.py
 
@@ -134,8 +135,8 @@ def test_the_code_of_a_switch_reads_it(field):
 # ============================================================================================================== findings
 
 def numbered():
-    """Finding numbers that have a row."""
-    return {int(n) for _, _, rows in TABLES for row in rows for n in re.findall(r"\d+", row["no."])}
+    """Numbers of findings about WeakCLIP's code that have a row."""
+    return {int(n) for _, _, rows in TABLES for row in rows for n in re.findall(r"\b\d+", row["no."])}
 
 
 def test_every_finding_has_a_row():
@@ -146,6 +147,22 @@ def test_numbers_in_the_sources_are_findings():
     cited = {(where, int(n)) for where, text in REMARKS for m in re.findall(r"\((\d{1,2}(?:, \d{1,2})*)\)", text) for n in m.split(", ")}
     assert len(cited) > 15
     assert not [c for c in sorted(cited) if c[1] not in FINDINGS]
+
+
+def test_every_finding_about_clip_es_has_a_row_of_its_own():
+    numbers = [row["no."] for _, _, rows in TABLES for row in rows if row["no."].startswith("E")]
+    assert numbers == [f"E{n}" for n in sorted(CLIP_ES_FINDINGS)]
+
+
+def test_clip_es_numbers_in_the_sources_are_findings():
+    """(E11), or several: (E1, E2); each finding that ours has code for is cited there."""
+    cited = set()
+    for where, text in REMARKS:
+        for match in re.findall(r"\((E\d+(?:, E\d+)*)\)", text):
+            cited.update((where, int(n)) for n in re.findall(r"\d+", match))
+    assert not [c for c in sorted(cited) if c[1] not in CLIP_ES_FINDINGS]
+    numbers = {n for _, n in cited}
+    assert {n for n in range(1, 19)} <= numbers and 21 in numbers
 
 
 # =============================================================================================================== markers
