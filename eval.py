@@ -532,6 +532,8 @@ STAGES = {
     "2_weakclip": ("Small parts around the frozen CLIP learn from photos and seeds.",
                    "masks", "masks"),
     "3_segment": ("An ordinary network learns from photos and masks.", "prediction", "masks")}
+# What happens in stage 1 with --method clip.
+ASKS_CLIP = "CLIP is asked for a photo's classes; where its answer came from is the CAM."
 
 
 def read_args(folder: Path) -> dict:
@@ -743,6 +745,10 @@ PAGE = """<!DOCTYPE html>
 <title>{title}</title><style>{style}</style></head>
 <body><h1>{title}</h1><nav>{links}</nav>{sections}</body></html>
 """
+CLIP_STORY = ("No classifier was trained: CLIP itself was asked. Its gradient shows which patches "
+              "spoke for a class; around the strongest of them lie boxes; from inside the boxes, "
+              "and only from there, the evidence spreads along CLIP's own attention to whatever "
+              "belongs together; and a CRF draws the border, leaving what stays doubtful unsure.")
 CURVE = """<figure><b>{name}</b> <small>last {last:.4g}</small><svg viewBox="0 0 320 136">{grid}
 <text x="60" y="132">{start:.0f}</text>
 <text x="312" y="132" text-anchor="end">iteration {end:.0f}</text>
@@ -889,6 +895,49 @@ def make_gallery(data: Dataset, folder: Path, splits: list[str], n: int) -> Gall
     return gallery
 
 
+def clip_story(data: Dataset, folder: Path, split: str) -> str:
+    """How one photo's seed came from CLIP alone, step by step -> HTML; "" for other seeds.
+
+    The photo is the list's first of which the affinity took anything.
+    """
+    if not data.has(split):
+        return ""
+    for image_id in data.ids(split):
+        path = folder / "1_cam" / "cams" / f"{image_id}.npz"
+        if path.is_file():
+            with np.load(path) as cams:
+                if "boxes" not in cams:
+                    return ""
+                if cams["boxes"].any():
+                    gallery = Gallery()
+                    gallery.add_row(image_id, clip_steps(data, folder, image_id, cams))
+                    gallery.add_legends(data.classes)
+                    return f"<p>{CLIP_STORY}</p>{gallery.html}"
+    return ""
+
+
+def clip_steps(data: Dataset, folder: Path, image_id: str, cams) -> dict:
+    """{caption: picture} of one photo, for the first of its classes that has a box.
+
+    cams: an open .npz of stage 1 with "keys" (J,), "cam" (J, H/4, W/4), and on the grid of CLIP's
+    patches "before" (J, h, w) and "boxes" (J, h, w) bool.
+    """
+    image = data.image(image_id)                                         # (H, W, 3)
+    size, k = image.shape[:2], int(cams["boxes"].any((1, 2)).argmax())
+    name = data.classes[cams["keys"][k]]
+    # Each patch is a square of the photo; outside the boxes it is darkened.
+    boxes = Image.fromarray(cams["boxes"][k]).resize(size[::-1], Image.NEAREST)
+    inside = np.where(np.asarray(boxes)[:, :, None], image, image // 5)  # (H, W, 3)
+    shown = {"image": image,
+             f"what spoke for {name}": image // 2 + heat(cams["before"][k], size) // 2,
+             "its boxes": inside,
+             "after the affinity": image // 2 + heat(cams["cam"][k], size) // 2}
+    path = label_file(folder, "1_cam", "", image_id)
+    if path.is_file():
+        shown["seed"] = read_label(path, len(data.classes), size), colour_map()
+    return shown
+
+
 def handed_on(first: dict, name: str, files: str) -> str:
     """A list item: what one stage hands to the next, with a picture of it."""
     image, image_id = first.get(name, ("", None))
@@ -901,7 +950,9 @@ def stage_box(stage: str, record: dict) -> str:
     """A list item: a stage, what happens in it, how long it learned."""
     iters = record.get("provenance", {}).get("iters")
     length = f"{iters:,} iterations" if iters else ""
-    return (f'<li class="stage"><b>{stage}</b><p>{STAGES[stage][0]}</p>'
+    asks_clip = record.get("options", {}).get("method") == "clip"
+    text = ASKS_CLIP if asks_clip else STAGES[stage][0]
+    return (f'<li class="stage"><b>{stage}</b><p>{text}</p>'
             f"<small>{length}</small></li>")
 
 
@@ -1035,6 +1086,7 @@ def write_report(data: Dataset, folder: Path, rows: list[dict], n: int = 6):
     sections = {
         "Stages": flow(records, gallery.first),
         "Scores": score_table(rows) if rows else "",
+        "Seeds": clip_story(data, folder, found["1_cam"].get("options", {}).get("split", "")),
         "Pictures": gallery.html,
         "Classes": class_bars(data.classes, rows) if rows else "",
         "Losses": curve_blocks(folder, records),

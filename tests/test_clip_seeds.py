@@ -17,7 +17,8 @@ import torch
 
 import stage1_cam as stage1
 from conftest import ROOT, draw_dataset, read_json, script, tiny_clip
-from eval import COCO_CLASSES, IGNORE, VOC_CLASSES, Dataset, find_dataset, read_label
+from eval import (COCO_CLASSES, IGNORE, VOC_CLASSES, Dataset, find_dataset, read_label,
+                  write_report)
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +316,23 @@ def test_it_leaves_the_files_of_the_classifier(run, dataset):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ids
     assert all(0 <= line["unsure"] <= 1 for line in lines)
+
+
+def test_the_report_shows_one_photos_way_from_gradient_to_seed(run, dataset, tmp_path):
+    data, folder = find_dataset(str(dataset)), tmp_path / run[0].parent.name
+    shutil.copytree(run[0], folder / "1_cam")
+    write_report(data, folder, [])
+    page = (folder / "report.html").read_text()
+    story = page[page.index('<section id="Seeds">'):page.index('<section id="Pictures">')]
+    captions = ["image", "what spoke for", "its boxes", "after the affinity", "seed"]
+    places = [story.index(f"<figcaption>{caption}") for caption in captions]
+    assert places == sorted(places) and story.count("<img") == 5
+    assert "CLIP is asked" in page and "A classifier learns" not in page
+    for path in (folder / "1_cam" / "cams").iterdir():  # as a classifier leaves them
+        with np.load(path) as z:
+            np.savez(path, keys=z["keys"], cam=z["cam"])
+    write_report(data, folder, [])
+    assert 'id="Seeds"' not in (folder / "report.html").read_text()
 
 
 def test_what_exists_is_done(run, tmp_path):
