@@ -3,32 +3,41 @@
 run     python eval.py --data VOC2012                       # everything found in runs/VOC2012
         python eval.py --data VOC2012 --masks DIR --split val   # any folder of label PNGs
         python eval.py --data VOC2012 --check               # is the dataset complete and sound?
+        python eval.py --data VOC2012 --download            # VOC 2012 and SBD's list, from nothing
+        python eval.py --data COCO2014 --download --prepare # COCO 2014, from nothing
         python eval.py --data VOC2012 --submit              # archive for the VOC evaluation server
 reads   VOC2012/SegmentationClass/<id>.png (true masks)
         runs/VOC2012/**/{seeds,masks/<split>}/<id>.png
 writes  runs/VOC2012/{metrics.json, metrics.csv, report.html}
 
-In this order: I the dataset folder and its label PNGs, II scores, III the report page, IV the
-command line. Who looks for the mIoU reads II alone. Every stage imports part I, so that photos,
-lists and labels are read and refused in one way everywhere; and part II's `read_args`, because
-a run's record must be written and read by the same rules. No network stands here, and no torch
-is needed.
+In this order: I the dataset folder and its label PNGs, II how VOC 2012 and COCO 2014 come into
+it, III scores, IV the report page, V the command line. Who looks for the mIoU reads III alone.
+Every stage imports part I, so that photos, lists and labels are read and refused in one way
+everywhere; and part III's `read_args`, because a run's record must be written and read by the
+same rules. No network stands here, and no torch is needed but for --download.
 """
 import argparse
 import base64
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import os
+import re
+import shutil
 import sys
 import tarfile
 import xml.etree.ElementTree as ElementTree
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -226,16 +235,22 @@ def dataset_name(name: str | Path) -> str:
     return Path(os.path.abspath(name)).name
 
 
+def dataset_places(name: str | Path) -> list[Path]:
+    """Where a dataset may be: the folder itself, or a name below data/ or data/VOCdevkit/."""
+    return [Path(name), Path("data") / name, Path("data") / "VOCdevkit" / name]
+
+
 def find_dataset(name: str | Path) -> Dataset:
     """`--data`: a folder, or a name looked up as ./NAME, ./data/NAME and ./data/VOCdevkit/NAME.
 
     Raises ValueError where there is none, and for a classes.txt that is no list of names.
     """
-    places = [Path(name), Path("data") / name, Path("data") / "VOCdevkit" / name]
+    places = dataset_places(name)
     roots = [place for place in places if (place / "JPEGImages").is_dir()]
     if not roots:
         raise ValueError(f"--data {name}: no folder with JPEGImages/ at "
-                         f"{', '.join(map(str, places))}; VOC 2012's has one, see README, Data")
+                         f"{', '.join(map(str, places))}; VOC 2012's has one, and "
+                         "python eval.py --data VOC2012 --download brings it (README, Data)")
     path = roots[0] / "classes.txt"
     classes, texts = read_classes(path) if path.is_file() else (VOC_CLASSES, {})
     return Dataset(roots[0], dataset_name(roots[0]), classes, texts)
@@ -425,7 +440,663 @@ def run(main):
 
 
 # ================================================================================================
-# II  Scores
+# II  VOC 2012 and COCO 2014 from nothing
+# ================================================================================================
+
+# Both are brought into the layout of part I, each in its own way:
+#
+#     VOC2012    --download   VOC's archive has all but the list trainaug, which papers train on:
+#                             trainaug = (SBD train + SBD val + VOC train) - VOC val. SBD is a
+#                             later annotation of VOC's own photos, so it adds ids and masks, but
+#                             neither photos nor image-level labels: those are in VOC's XML.
+#     COCO2014   --download   photos, and a JSON file a split
+#                --prepare    lists, image-level labels and masks out of the JSON files
+#
+# Archives are kept in <dataset>/archives until somebody deletes them. What is there is never
+# written again, so both commands go on where they were cut off and do nothing where all is there.
+
+# Lengths of the lists as papers report them; COCO's count the photos that have objects.
+PUBLISHED = {"VOC2012": {"train": 1_464, "val": 1_449, "trainaug": 10_582, "test": 1_456},
+             "COCO2014": {"train": 82_081, "val": 40_137}}
+PUBLISHED_CLASSES = {"VOC2012": VOC_CLASSES, "COCO2014": COCO_CLASSES}
+VOC_ARCHIVE = "VOCtrainval_11-May-2012.tar"
+VOC_WANTED = ("Annotations/*.xml", "ImageSets/Segmentation/*.txt", "JPEGImages/*.jpg",
+              "SegmentationClass/*.png")
+SBD_ARCHIVE = "benchmark.tgz"
+SBD_FOLDER = PurePosixPath("benchmark_RELEASE/dataset")
+# VOC keeps the photos of its test list behind a login, which no command can pass.
+TEST_ARCHIVE = "VOC2012test.tar"
+TEST_ADDRESS = f"http://host.robots.ox.ac.uk:8080/eval/downloads/{TEST_ARCHIVE}"
+# COCO's site gives no checksums; these are what several projects noted for the same archives.
+COCO_ARCHIVES = {
+    "http://images.cocodataset.org/annotations/annotations_trainval2014.zip":
+        "0a379cfc70b0e71301e0f377548639bd",
+    "http://images.cocodataset.org/zips/train2014.zip": "0da8c0bd3d6becc4dcb32757491aca88",
+    "http://images.cocodataset.org/zips/val2014.zip": "a3d79f5ed8d289b7a7554ce06a5782b3"}
+# What of an archive is used, and how many files that are.
+COCO_WANTED = {"annotations_trainval2014.zip": ("annotations/instances_*2014.json", 2),
+               "train2014.zip": ("train2014/*.jpg", 82_783),
+               "val2014.zip": ("val2014/*.jpg", 40_504)}
+# COCO's own number for each of our 81 classes: 0, 1, ... 11, 13, ... 90.
+COCO_IDS = [COCO_SLOTS.index(name) for name in COCO_CLASSES]
+# And back, (256,). A number that COCO never used is no class: it becomes "unsure", which counts
+# as a miss where a mask is scored.
+CLASS_OF_COCO_ID = np.full(256, IGNORE, np.uint8)
+CLASS_OF_COCO_ID[COCO_IDS] = np.arange(len(COCO_IDS))
+
+
+# ------------------------------------------------------------- what is there, and what is missing
+
+class Count(NamedTuple):
+    """How much of one kind of file there is for a list, beside what is published."""
+    split: str
+    what: str      # ids, photos, image labels or true masks
+    found: int
+    expected: int
+    source: str    # the archive that has them
+    needed: bool   # False for what none of the four commands reads
+
+
+def published_counts(data: Dataset) -> list[Count]:
+    """A Count for every list of the published dataset and for its photos, labels and masks."""
+    counts = []
+    for split, expected in PUBLISHED[data.name].items():
+        for what, found in count_list(data, split).items():
+            source = archive_with(data.name, split, what)
+            needed = split != "test" and (split, what) != ("trainaug", "true masks")
+            counts.append(Count(split, what, found, expected, source, needed))
+    return counts
+
+
+def count_list(data: Dataset, split: str) -> dict[str, int]:
+    """{"ids": n, "photos": n, "image labels": n, "true masks": n} of a list.
+
+    Of a list that is not there no more than {"ids": 0} can be said. Labels and masks of test are
+    not public.
+    """
+    if not data.has(split):
+        return {"ids": 0}
+    ids = data.ids(split)
+    counts = {"ids": len(ids), "photos": count_files(data.root / "JPEGImages", ids)}
+    if split != "test":
+        counts["image labels"] = len(ids) - len(without_labels(data, ids))
+        counts["true masks"] = count_files(data.root / "SegmentationClass", ids)
+    if split == "trainaug":  # SBD's masks serve where VOC has none; train and val want VOC's own
+        counts["true masks"] = sum(data.truth_path(i) is not None for i in ids)
+    return counts
+
+
+def count_files(folder: Path, ids: list[str]) -> int:
+    """How many of `ids` have a file in `folder`."""
+    # One look at a folder is far quicker than asking for each of 82,081 files.
+    stems = {path.stem for path in folder.iterdir()} if folder.is_dir() else set()
+    return len(stems.intersection(ids))
+
+
+def without_labels(data: Dataset, ids: list[str]) -> list[str]:
+    """Those of `ids` that have no image-level labels."""
+    path = data.root / "image_labels.txt"
+    if path.is_file():
+        labelled = set(read_image_labels(path))
+    else:
+        labelled = {xml.stem for xml in (data.root / "Annotations").glob("*.xml")}
+    return [image_id for image_id in ids if image_id not in labelled]
+
+
+def archive_with(name: str, split: str, what: str) -> str:
+    """Name of the archive that a kind of file comes from."""
+    if name == "COCO2014":
+        return f"{split}2014.zip" if what == "photos" else "annotations_trainval2014.zip"
+    if split == "test":
+        return TEST_ARCHIVE
+    return SBD_ARCHIVE if split == "trainaug" and what in ("ids", "true masks") else VOC_ARCHIVE
+
+
+def check_published(data: Dataset):
+    """Print every count beside the published one, and what brings the rest.
+
+    Raises ValueError where something that the four commands need is not as published.
+    """
+    counts = published_counts(data)
+    for c in counts:
+        note = "" if c.found == c.expected else "  missing" if c.needed else "  not needed to run"
+        print(f"{c.split:9} {c.what:12} {c.found:7,} of {c.expected:7,}{note}")
+    missing = [c for c in counts if c.found != c.expected]
+    for source in dict.fromkeys(c.source for c in missing):
+        print(f"{source}: {how_to_get(data, source)}")
+    if data.classes != PUBLISHED_CLASSES[data.name]:
+        raise ValueError(f"{data.root}/classes.txt: not {data.name}'s "
+                         f"{len(PUBLISHED_CLASSES[data.name])} names in their order; "
+                         f"delete it, and --prepare writes COCO's (VOC needs none)")
+    needed = [c for c in missing if c.needed]
+    if needed:
+        first = needed[0]
+        raise ValueError(f"{data.root}: {len(needed)} counts are not {data.name}'s, first "
+                         f"{first.split}: {first.found:,} of {first.expected:,} {first.what}; "
+                         "lists that are there are kept as they are: delete one to have it anew")
+
+
+def how_to_get(data: Dataset, source: str) -> str:
+    """What to do to have what comes from an archive."""
+    command = f"python eval.py --data {data.root} --download"
+    if source == TEST_ARCHIVE:
+        return (f"{TEST_ADDRESS} asks for a login; put the archive into {data.root / 'archives'}, "
+                f"then {command}; only --submit wants it")
+    if source == SBD_ARCHIVE:
+        return f"{command}; its masks, which are only scored, want scipy (pip install scipy)"
+    return f"{command} --prepare" if data.name == "COCO2014" else command
+
+
+# ----------------------------------------------------------------------------------- the archives
+
+def folder_to_fill(name: str) -> Path:
+    """The folder of `--data` if there is one; else data/NAME for a bare name, DIR for a path."""
+    there = [place for place in dataset_places(name) if place.is_dir()]
+    if there:
+        return there[0]
+    return Path(name) if "/" in name else Path("data") / name
+
+
+def download(name: str):
+    """Bring what is missing of VOC2012 or COCO2014, whichever the folder is called."""
+    root, known = folder_to_fill(name), dataset_name(name)
+    if known not in PUBLISHED:
+        raise ValueError(f"--data {name}: only {' and '.join(PUBLISHED)} can be downloaded")
+    (root / "archives").mkdir(parents=True, exist_ok=True)
+    data = Dataset(root, known, PUBLISHED_CLASSES[known])
+    if known == "VOC2012":
+        download_voc(data)
+        check_published(data)
+    else:
+        download_coco(data)
+        print(f"{root}: photos and annotations are there; next: python eval.py --data {root} "
+              "--prepare")
+    print(f"{root / 'archives'} may be deleted")
+
+
+def fetch(url: str, md5: str, folder: Path) -> Path:
+    """The archive of `url` in `folder`, downloaded unless it is there already.
+
+    Raises ValueError for a download that fails or is cut off and for another md5. Half an archive
+    never has the archive's name, so that the same command begins with it again.
+    """
+    # Here and not above: torchvision brings torch, and who only scores shall not wait for it.
+    from torchvision.datasets.utils import check_integrity, download_url
+    path = folder / url.rpartition("/")[2]
+    if path.is_file():
+        if not check_integrity(path, md5):
+            raise ValueError(f"{path}: its md5 is not {md5}, so it is cut off or another file; "
+                             "delete it and run the same command again")
+        return path
+    part = folder / f"{path.name}.part"
+    try:
+        download_url(url, folder, part.name, md5)
+        os.replace(part, path)
+    except RuntimeError:
+        raise ValueError(f"{url}: what came has not the md5 {md5}: it was cut off or has changed; "
+                         "the same command begins with it again") from None
+    except (OSError, HTTPException) as e:
+        raise ValueError(f"{url} to {path}: {e}; the same command begins with it again, archives "
+                         "that are whole are kept") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def archive_files(path: Path):
+    """Yields (path inside, open file) for every regular file of a .zip, .tar or .tgz.
+
+    Links and devices are left out. Raises ValueError where the archive is broken.
+    """
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.infolist():
+                    if not member.is_dir():
+                        yield PurePosixPath(member.filename), archive.open(member)
+        else:
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    if member.isfile():
+                        yield PurePosixPath(member.name), archive.extractfile(member)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as e:
+        raise ValueError(f"{path}: a broken archive ({e}); delete it and run the same command "
+                         "again") from None
+
+
+def unpack(path: Path, prefix: str, wanted: tuple[str, ...], root: Path):
+    """Write the files of an archive that match `wanted` below `prefix` into `root`.
+
+    wanted: patterns of one folder each, as "JPEGImages/*.jpg". Files that are there are kept.
+    """
+    # A path in an archive may hold "..", so none is followed: a file is taken only where its
+    # folder is, letter by letter, a wanted one, and lands in our folder under its last name.
+    patterns = {PurePosixPath(prefix, pattern).parent: PurePosixPath(pattern)
+                for pattern in wanted}
+    for inside, source in tqdm(archive_files(path), f"unpacking {path.name}", unit=" files"):
+        pattern = patterns.get(inside.parent)
+        if pattern is None or not inside.match(pattern.name):
+            continue
+        target = root / pattern.parent / inside.name
+        try:
+            if not target.exists():
+                write_whole(target, lambda f: shutil.copyfileobj(source, f))
+        except OSError as e:
+            raise ValueError(f"{target}: {e}; the same command goes on from here") from None
+
+
+def download_voc(data: Dataset):
+    """VOC 2012's train, val and trainaug, and test where its archive was put beside the others.
+
+    Raises ValueError where trainaug does not come to 10,582 ids.
+    """
+    from torchvision.datasets import SBDataset
+    from torchvision.datasets.voc import DATASET_YEAR_DICT
+    voc, archives = DATASET_YEAR_DICT["2012"], data.root / "archives"
+    test = archives / TEST_ARCHIVE
+    lacking = {c.source for c in published_counts(data) if c.found != c.expected}
+    if VOC_ARCHIVE in lacking:
+        unpack(fetch(voc["url"], voc["md5"], archives), "VOCdevkit/VOC2012", VOC_WANTED, data.root)
+    if TEST_ARCHIVE in lacking and test.is_file():
+        unpack(test, "VOCdevkit/VOC2012", VOC_WANTED, data.root)
+    if not data.has("trainaug"):
+        write_trainaug(data, fetch(SBDataset.url, SBDataset.md5, archives))
+
+    ids = data.ids("trainaug")
+    unlabelled = without_labels(data, ids)
+    unmasked = [i for i in ids if data.truth_path(i) is None]
+    if unlabelled:
+        print(f"trainaug: {len(unlabelled):,} ids have no Annotations/<id>.xml; SBD knows their "
+              "classes")
+    if not unlabelled and not unmasked:
+        return
+    if importlib.util.find_spec("scipy") is None:
+        print(f"trainaug: {len(unlabelled):,} labels and {len(unmasked):,} true masks stand in "
+              "SBD's .mat files, which scipy reads: pip install scipy, and the same command again")
+        return
+    archive = fetch(SBDataset.url, SBDataset.md5, archives)
+    convert_sbd(data, archive, set(unlabelled), set(unmasked))
+
+
+def write_trainaug(data: Dataset, archive: Path):
+    """Make the list trainaug, sorted. Raises ValueError where it has not 10,582 ids.
+
+    SBD was split without regard to VOC's lists, so its train holds photos of VOC's val: they are
+    taken out, or a network would be scored on what it has learned from.
+    """
+    sbd = set()
+    for inside, source in archive_files(archive):
+        if inside in (SBD_FOLDER / "train.txt", SBD_FOLDER / "val.txt"):
+            sbd.update(source.read().decode().split())
+    trainaug = (sbd | set(data.ids("train"))) - set(data.ids("val"))
+    expected = PUBLISHED["VOC2012"]["trainaug"]
+    if len(trainaug) != expected:
+        raise ValueError(f"{archive}: with train and val of {data.root} trainaug comes to "
+                         f"{len(trainaug):,} ids and not {expected:,}")
+    write_text(data.list_path("trainaug"), "\n".join(sorted(trainaug)) + "\n")
+
+
+def convert_sbd(data: Dataset, archive: Path, unlabelled: set[str], unmasked: set[str]):
+    """SBD's .mat files -> Annotations/<id>.xml of `unlabelled`, SegmentationClassAug of `unmasked`.
+
+    Labels are the list of classes that the file has beside its mask. SBD draws no void border, so
+    its masks hold no 255.
+    """
+    from scipy.io import loadmat
+    for inside, source in tqdm(archive_files(archive), "SBD's .mat files", unit=" files"):
+        image_id = inside.stem
+        if inside.parent != SBD_FOLDER / "cls" or image_id not in unlabelled | unmasked:
+            continue
+        truth = loadmat(io.BytesIO(source.read()))["GTcls"][0, 0]
+        if image_id in unmasked:
+            folder = data.root / "SegmentationClassAug"
+            write_label(folder / f"{image_id}.png", truth["Segmentation"])
+        if image_id in unlabelled:
+            names = [data.classes[k] for k in truth["CategoriesPresent"].ravel()]
+            objects = "".join(f"<object><name>{name}</name></object>" for name in names)
+            write_text(data.root / "Annotations" / f"{image_id}.xml",
+                       f"<annotation><source>SBD</source>{objects}</annotation>\n")
+
+
+def download_coco(data: Dataset):
+    """COCO 2014's photos and JSON files, as its archives have them."""
+    for url, md5 in COCO_ARCHIVES.items():
+        wanted, expected = COCO_WANTED[url.rpartition("/")[2]]
+        if len(list(data.root.glob(wanted))) != expected:
+            unpack(fetch(url, md5, data.root / "archives"), "", (wanted,), data.root)
+
+
+# ------------------------------------------------------------------------ COCO 2014's JSON, read
+
+class CocoImage(NamedTuple):
+    """A photo of COCO and what is in it."""
+    image_id: str
+    height: int
+    width: int
+    objects: list  # (class number, outline) in the file's order; see `outline`
+
+
+class Runs(NamedTuple):
+    """Pixels as run lengths down the columns: so many outside, so many inside, and so on."""
+    size: tuple         # (H, W)
+    counts: np.ndarray  # (n,) int64
+
+
+class JsonReader:
+    """A JSON file, read from front to back with no more than a piece of it in memory.
+
+    COCO's annotations are hundreds of megabytes of text, and the lists and numbers that Python
+    makes of them take several times that.
+    """
+
+    def __init__(self, path: Path, file):
+        self.path = path
+        self.file = file
+        self.text = ""  # the piece
+        self.at = 0     # how far it has been read
+        self.decoder = json.JSONDecoder()
+
+    def more(self):
+        """Drop what has been read and add to the rest. Raises ValueError at the file's end."""
+        # An item that goes on behind the piece is begun anew with a longer one. Doubling what
+        # is left keeps that rare for an item of any length.
+        added = self.file.read(max(1 << 20, len(self.text) - self.at))
+        if not added:
+            raise ValueError(f"{self.path}: not a whole JSON file; delete it, and --download "
+                             "brings it again")
+        self.text = self.text[self.at:] + added
+        self.at = 0
+
+    def next(self) -> str:
+        """The character that comes next, white space aside."""
+        while True:
+            self.at = re.compile(r"\s*").match(self.text, self.at).end()
+            if self.at < len(self.text):
+                return self.text[self.at]
+            self.more()
+
+    def skip(self, character: str):
+        """Step over `character`. Raises ValueError where another one comes next."""
+        if self.next() != character:
+            raise ValueError(f"{self.path}: {character} is expected before "
+                             f"{self.text[self.at:self.at + 40]!r}")
+        self.at += 1
+
+    def value(self):
+        """The value that comes next."""
+        self.next()
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError:
+                end = len(self.text)   # cut off
+            if end < len(self.text):   # a number at the very end may have more digits
+                self.at = end
+                return value
+            self.more()
+
+    def items(self):
+        """Yields (key, item) for every item of every list in the object that the file holds."""
+        self.skip("{")
+        while self.next() != "}":
+            key = self.value()
+            self.skip(":")
+            if self.next() == "[":
+                self.skip("[")
+                while self.next() != "]":
+                    yield key, self.value()
+                    if self.next() != "]":
+                        self.skip(",")
+                self.skip("]")
+            else:
+                self.value()
+            if self.next() != "}":
+                self.skip(",")
+
+
+def read_coco(path: Path) -> list[CocoImage]:
+    """instances_*.json -> the photos that have objects, in the order of their ids.
+
+    Raises ValueError where the categories are not COCO's 80, and for entries that do not fit.
+    """
+    images, objects, names = {}, {}, {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            for key, item in JsonReader(path, f).items():
+                if key == "images":
+                    stem = PurePosixPath(item["file_name"]).stem
+                    images[item["id"]] = stem, item["height"], item["width"]
+                elif key == "annotations":
+                    found = item["category_id"], outline(item["segmentation"])
+                    objects.setdefault(item["image_id"], []).append(found)
+                elif key == "categories":
+                    names[item["id"]] = item["name"]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; --download brings it") from None
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{path}: an entry of {key} without {e}") from None
+    if names != {number: COCO_SLOTS[number] for number in COCO_IDS[1:]}:
+        raise ValueError(f"{path}: its {len(names)} categories are not COCO's 80")
+    check_references(path, objects, images)
+    # Photos without objects are left out, as papers do: they have no label to learn from.
+    found = [CocoImage(*images[number], objects[number]) for number in objects]
+    return sorted(found, key=lambda image: image.image_id)
+
+
+def check_references(path: Path, objects: dict, images: dict):
+    """Raise ValueError where an object is of a photo or of a category that the file has not."""
+    for number, found in objects.items():
+        if number not in images:
+            raise ValueError(f"{path}: objects of photo {number}, which is not listed")
+        for category, _ in found:
+            if category not in COCO_IDS[1:]:
+                raise ValueError(f"{path}: photo {number} has an object of category {category}, "
+                                 "which is none of COCO's 80")
+
+
+def outline(segmentation):
+    """An object's place as the JSON has it -> Runs, or polygons: a list of (n, 2) float64, x y.
+
+    Raises ValueError for a polygon of less than three corners.
+    """
+    # Arrays, because nearly all of the file is these numbers: an array holds one in 8 bytes,
+    # Python's lists in 32.
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        if isinstance(counts, str):
+            counts = run_lengths(counts)
+        return Runs(tuple(segmentation["size"]), np.array(counts, np.int64))
+    return [corners(numbers) for numbers in segmentation]
+
+
+def corners(numbers: list[float]) -> np.ndarray:
+    """x, y, x, y, ... of a polygon -> (n, 2) float64. Four numbers are x, y, width, height."""
+    if len(numbers) == 4:
+        x, y, width, height = numbers
+        numbers = [x, y, x, y + height, x + width, y + height, x + width, y]
+    if len(numbers) < 6 or len(numbers) % 2:
+        raise ValueError(f"a polygon of {len(numbers)} numbers; x and y of three corners or more "
+                         "are expected")
+    return np.array(numbers, np.float64).reshape(-1, 2)
+
+
+def run_lengths(text: str) -> list[int]:
+    """COCO's compressed run lengths -> the numbers.
+
+    A character holds six bits, counted from "0": five of a number, the lowest first, and one that
+    says whether the number goes on. The fifth bit of its last character is its sign. From the
+    fourth number on, what stands there is the difference to the number two before.
+    """
+    counts, number, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - ord("0")
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << shift
+        counts.append(number + counts[-2] if len(counts) > 2 else number)
+        number, shift = 0, 0
+    return counts
+
+
+# ------------------------------------------------------------------------- from outlines to masks
+
+# Which pixels are a polygon's is settled by COCO's own tool (rleFrPoly in its maskApi.c), and
+# masks are compared pixel by pixel, so its geometry is followed to the last rounding: the outline
+# is drawn on a grid five times as fine; where it crosses the middle of a column of pixels, what
+# lies below changes from outside to inside or back.
+
+def trace(polygon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Column u and row v (n,) int64 of every point of the outline on the fine grid, in a row."""
+    start = (5 * polygon + 0.5).astype(np.int64)                      # (k, 2), toward zero as in C
+    end = np.roll(start, -1, axis=0)                                  # the last edge closes it
+    steep = np.abs(end - start) @ np.array([1, -1]) < 0               # (k,) more rows than columns
+    # An edge is walked a step at a time along its longer axis, which is column 0 from here on.
+    start = np.where(steep[:, None], start[:, ::-1], start)
+    end = np.where(steep[:, None], end[:, ::-1], end)
+    steps = np.abs(end - start)[:, 0]
+    # Rounding goes from the edge's lower end, so that two polygons that share it agree.
+    backward = (start[:, 0] > end[:, 0])[:, None]
+    low, high = np.where(backward, end, start), np.where(backward, start, end)
+    slope = (high - low)[:, 1] / np.maximum(steps, 1)
+
+    edge = np.repeat(np.arange(len(steps)), steps + 1)                # (n,) the edge of each point
+    first = np.cumsum(steps + 1) - (steps + 1)
+    step = np.arange(len(edge)) - first[edge]
+    step = np.where(backward[edge, 0], steps[edge] - step, step)
+    along = low[edge, 0] + step
+    across = (low[edge, 1] + slope[edge] * step + 0.5).astype(np.int64)
+    return np.where(steep[edge], across, along), np.where(steep[edge], along, across)
+
+
+def fill(polygon: np.ndarray, H: int, W: int) -> tuple[int, np.ndarray]:
+    """A polygon's first column in an image of (H, W), and its pixels from there on, (H, n) bool."""
+    u, v = trace(polygon)
+    # The middle of column x lies between the fine columns 5x + 2 and 5x + 3.
+    column, row = np.minimum(u[:-1], u[1:]), np.minimum(v[:-1], v[1:])
+    crosses = (u[:-1] != u[1:]) & (column % 5 == 2) & (column >= 0) & (column < 5 * W)
+    if not crosses.any():
+        return 0, np.zeros((H, 0), bool)  # less than a pixel, or outside of the photo
+    x, y = column[crosses] // 5, np.clip((row[crosses] + 2) // 5, 0, H)
+    left = int(x.min())
+    n = int(x.max()) - left + 1
+    crossings = np.bincount((x - left) * (H + 1) + y, minlength=n * (H + 1)).reshape(n, H + 1)
+    inside = crossings.cumsum(1)[:, :H] % 2 == 1                      # (n, H), down each column
+    return left, inside.T
+
+
+def paint(label: np.ndarray, place, k: int):
+    """Write class number k into label (H, W) where an object is. Runs must fit the photo."""
+    H, W = label.shape
+    if isinstance(place, Runs):
+        if place.size != (H, W) or place.counts.min() < 0 or place.counts.sum() != H * W:
+            raise ValueError(f"run lengths of {place.size} and {place.counts.sum()} pixels")
+        inside = np.repeat(np.arange(len(place.counts)) % 2 == 1, place.counts)
+        label[inside.reshape(W, H).T] = k
+        return
+    for polygon in place:
+        left, inside = fill(polygon, H, W)
+        label[:, left:left + inside.shape[1]][inside] = k
+
+
+def coco_mask(image: CocoImage) -> np.ndarray:
+    """(H, W) uint8 of class numbers: where objects overlap, the first of the file wins.
+
+    A crowd (run lengths of many objects in one) is a place of its class like any other, as COCO's
+    tool paints it.
+    """
+    label = np.zeros((image.height, image.width), np.uint8)
+    for category, place in reversed(image.objects):  # so that the first is painted last
+        paint(label, place, CLASS_OF_COCO_ID[category])
+    return label
+
+
+def prepare(name: str):
+    """COCO 2014's own files -> the layout of part I. Does nothing where all of it is there.
+
+    Raises ValueError where photos are missing or the counts are not COCO's.
+    """
+    root = folder_to_fill(name)
+    data = Dataset(root, dataset_name(name), COCO_CLASSES)
+    if data.name != "COCO2014":
+        raise ValueError(f"--data {name}: only COCO2014 is prepared; VOC2012 wants --download")
+    if any(c.found != c.expected for c in published_counts(data)):
+        lines, ids = [], {}
+        for split in PUBLISHED["COCO2014"]:
+            images = read_coco(root / "annotations" / f"instances_{split}2014.json")
+            link_photos(root, f"{split}2014", images)
+            write_coco_masks(root, images)
+            ids[split] = [image.image_id for image in images]
+            lines += [label_line(image) for image in images]
+        write_text(root / "classes.txt", "\n".join(COCO_CLASSES) + "\n")
+        write_text(root / "image_labels.txt", "\n".join(lines) + "\n")
+        # The lists come last: they are what a stage takes for a finished dataset.
+        for split, listed in ids.items():
+            write_text(data.list_path(split), "\n".join(listed) + "\n")
+    check_published(data)
+    print(f"{root}: prepared")
+
+
+def link_photos(root: Path, folder: str, images: list[CocoImage]):
+    """JPEGImages/<id>.jpg as links to <folder>/<id>.jpg. Raises ValueError where photos lack.
+
+    Links, because copies would be another 19 GB, and names alone would make every reader of a
+    dataset know COCO's folders. They are symbolic and relative: photos may be on another disk or
+    read-only (then <folder> itself is a link), and the dataset may be moved.
+    """
+    there = {path.name for path in (root / folder).glob("*.jpg")}
+    missing = [image.image_id for image in images if f"{image.image_id}.jpg" not in there]
+    if missing:
+        raise ValueError(f"{root / folder}: {len(missing):,} of {len(images):,} photos missing, "
+                         f"first {missing[0]}.jpg; --download brings them ({folder}.zip)")
+    (root / "JPEGImages").mkdir(exist_ok=True)
+    linked = {path.name for path in (root / "JPEGImages").iterdir()}
+    for image in images:
+        photo = f"{image.image_id}.jpg"
+        if photo not in linked:
+            (root / "JPEGImages" / photo).symlink_to(Path("..", folder, photo))
+
+
+def write_coco_masks(root: Path, images: list[CocoImage]):
+    """SegmentationClass/<id>.png of all images, those left out that are there."""
+    def write(image):
+        path = root / "SegmentationClass" / f"{image.image_id}.png"
+        if not path.is_file():
+            try:
+                write_label(path, coco_mask(image))
+            except ValueError as e:
+                raise ValueError(f"{path}: cannot be made: {e}") from None
+    for_each(write, images, "masks")
+
+
+def label_line(image: CocoImage) -> str:
+    """A line of image_labels.txt: `<id> name, name`."""
+    categories = sorted({category for category, _ in image.objects})
+    return f"{image.image_id} {', '.join(COCO_SLOTS[number] for number in categories)}"
+
+
+def convert_coco_ids(data: Dataset, folder: Path):
+    """Write label PNGs that hold COCO's category ids once more, with our class numbers, beside.
+
+    <folder>_81/<id>.png; what the stages read (--seeds, --masks) holds class numbers.
+    """
+    paths = sorted(folder.glob("*.png"))
+    if not paths:
+        raise ValueError(f"{folder}: no label PNGs")
+    target = folder.with_name(f"{folder.name}_81")
+    for_each(lambda path: write_label(target / path.name, read_coco_ids(path)), paths, "converting")
+    print(f"{target}: {len(paths)} label PNGs with class numbers 0..80")
+
+
+def read_coco_ids(path: Path, size: tuple | None = None) -> np.ndarray:
+    """Label PNG of COCO's category ids 0..90 -> (H, W) uint8 of class numbers 0..80, 255 unsure."""
+    return CLASS_OF_COCO_ID[read_label(path, len(COCO_SLOTS), size)]
+
+
+# ================================================================================================
+# III  Scores
 # ================================================================================================
 
 # The measure of the field is the mean intersection over union, mIoU. For one class k, take the
@@ -481,9 +1152,11 @@ def scores(matrix: np.ndarray) -> dict:
     return {"miou": float(miou), "pixel_accuracy": float(accuracy), **per_class}
 
 
-def score_folder(data: Dataset, folder: Path, split: str, limit: int | None = None) -> dict | None:
+def score_folder(data: Dataset, folder: Path, split: str, limit: int | None = None,
+                 coco_ids: bool = False) -> dict | None:
     """Score the label PNGs in `folder` on the ids of `split` that have both a mask and a truth.
 
+    coco_ids: the PNGs hold COCO's category ids and not class numbers.
     Returns {"split", "n", "of", "truth", and what `scores` gives}, or None where there is nothing
     to score. n of `of`: a good score on few images must be seen to be one.
     """
@@ -501,7 +1174,9 @@ def score_folder(data: Dataset, folder: Path, split: str, limit: int | None = No
 
     def count(image_id):
         truth = read_label(data.truth_path(image_id), K)
-        prediction = read_label(folder / f"{image_id}.png", K, truth.shape)
+        path = folder / f"{image_id}.png"
+        prediction = (read_coco_ids(path, truth.shape) if coco_ids else
+                      read_label(path, K, truth.shape))
         counts = confusion(truth, prediction, K)
         with lock:  # summed at once: COCO's 80,000 matrices would be 4 GB
             np.add(matrix, counts, out=matrix)
@@ -664,6 +1339,10 @@ def submit(data: Dataset, folder: Path):
     Indexed PNGs under the path of its competition 6: segmentation, trained on any data.
     """
     masks, ids = folder / "3_segment" / "masks" / "test", data.ids("test")
+    expected = PUBLISHED.get(data.name, {}).get("test", len(ids))
+    if len(ids) != expected:
+        raise ValueError(f"{data.list_path('test')}: {len(ids):,} ids; the server wants all "
+                         f"{expected:,} of {data.name}'s test")
     check_inputs(data, ids, masks)
 
     # The server wants every image of the list, and says so only after the upload; check_inputs
@@ -678,7 +1357,7 @@ def submit(data: Dataset, folder: Path):
 
 
 # ================================================================================================
-# III  The report page
+# IV  The report page
 # ================================================================================================
 
 # The page is put together from strings, a function for each piece of HTML, and a piece that has
@@ -1102,12 +1781,17 @@ def write_report(data: Dataset, folder: Path, rows: list[dict], n: int = 6):
 
 
 # ================================================================================================
-# IV  Command line
+# V  Command line
 # ================================================================================================
 
 def check_dataset(data: Dataset):
-    """Print what is in a dataset, list by list. Raises ValueError at the first fault."""
+    """Print what is in a dataset, list by list. Raises ValueError at the first fault.
+
+    VOC2012 and COCO2014 are held against the published counts before a file is opened.
+    """
     print(f"{data.root}: {len(data.classes)} classes with background")
+    if data.name in PUBLISHED:
+        check_published(data)
     for path in sorted(data.list_path("").parent.glob("*.txt")):
         split, ids = path.stem, data.ids(path.stem)
         check_inputs(data, ids)
@@ -1126,9 +1810,9 @@ def check_dataset(data: Dataset):
         print(line)
 
 
-def score_masks(data: Dataset, folder: Path, split: str):
+def score_masks(data: Dataset, folder: Path, split: str, coco_ids: bool):
     """Print the scores of any folder of label PNGs. Raises ValueError where none can be scored."""
-    row = score_folder(data, folder, split)
+    row = score_folder(data, folder, split, coco_ids=coco_ids)
     if row is None:
         raise ValueError(f"{folder}: no PNG of {data.list_path(split)} that also has a true mask")
     print_rows([{"stage": folder.name, **row, **dict.fromkeys(PROVENANCE)}])
@@ -1159,7 +1843,16 @@ def parse_args(argv=None):
     p.add_argument("--masks", type=Path,
                    help="score this folder of label PNGs instead of runs/<dataset>")
     p.add_argument("--split", default="val", help="list to score --masks on [%(default)s]")
-    p.add_argument("--check", action="store_true", help="check the dataset and stop")
+    p.add_argument("--ids", type=int, choices=[91],
+                   help="91: --masks holds COCO's category ids 0..90, as other projects' masks "
+                        "do, and not the 81 class numbers; with --prepare they are converted")
+    p.add_argument("--check", action="store_true",
+                   help="check the dataset, VOC2012 and COCO2014 against the published counts, "
+                        "and stop")
+    p.add_argument("--download", action="store_true",
+                   help="bring what is missing of VOC2012 or COCO2014 and stop")
+    p.add_argument("--prepare", action="store_true",
+                   help="bring COCO 2014's own files into VOC's layout and stop")
     p.add_argument("--submit", action="store_true",
                    help="pack stage 3's masks of test for the VOC server and stop")
     return p.parse_args(argv)
@@ -1167,14 +1860,24 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    if args.download:
+        download(args.data)
+    if args.prepare and not args.masks:
+        prepare(args.data)
+    if args.download or (args.prepare and not args.masks):
+        return
     data = find_dataset(args.data)
     folder = args.runs / data.name
+    if args.ids and (data.classes != COCO_CLASSES or not args.masks):
+        raise ValueError("--ids 91 reads --masks DIR of a dataset with COCO's 81 classes")
     if args.check:
         check_dataset(data)
+    elif args.prepare:
+        convert_coco_ids(data, args.masks)
     elif args.submit:
         submit(data, folder)
     elif args.masks:
-        score_masks(data, args.masks, args.split)
+        score_masks(data, args.masks, args.split, args.ids == 91)
     else:
         score_all(data, folder)
 
