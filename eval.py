@@ -249,8 +249,8 @@ def find_dataset(name: str | Path) -> Dataset:
     roots = [place for place in places if (place / "JPEGImages").is_dir()]
     if not roots:
         raise ValueError(f"--data {name}: no folder with JPEGImages/ at "
-                         f"{', '.join(map(str, places))}; VOC 2012's has one, and "
-                         "python eval.py --data VOC2012 --download brings it (README, Data)")
+                         f"{', '.join(map(str, places))}; python eval.py --data VOC2012 "
+                         "--download brings VOC 2012's (README, Data)")
     path = roots[0] / "classes.txt"
     classes, texts = read_classes(path) if path.is_file() else (VOC_CLASSES, {})
     return Dataset(roots[0], dataset_name(roots[0]), classes, texts)
@@ -598,20 +598,27 @@ def folder_to_fill(name: str) -> Path:
 
 
 def download(name: str):
-    """Bring what is missing of VOC2012 or COCO2014, whichever the folder is called."""
+    """Bring what is missing of VOC2012 or COCO2014, whichever the folder is called.
+
+    Raises ValueError for another name, a download that fails, a full disk, and where the counts
+    are not the published ones in the end.
+    """
     root, known = folder_to_fill(name), dataset_name(name)
     if known not in PUBLISHED:
         raise ValueError(f"--data {name}: only {' and '.join(PUBLISHED)} can be downloaded")
-    (root / "archives").mkdir(parents=True, exist_ok=True)
     data = Dataset(root, known, PUBLISHED_CLASSES[known])
+    bring = download_voc if known == "VOC2012" else download_coco
+    try:
+        bring(data)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as e:
+        raise ValueError(f"{root / 'archives'}: an archive is broken ({e}); delete it and run the "
+                         "same command again") from None
     if known == "VOC2012":
-        download_voc(data)
         check_published(data)
     else:
-        download_coco(data)
-        print(f"{root}: photos and annotations are there; next: python eval.py --data {root} "
-              "--prepare")
-    print(f"{root / 'archives'} may be deleted")
+        print(f"{root}: COCO's own files are there; --prepare makes the dataset of them")
+    if (root / "archives").is_dir():
+        print(f"{root / 'archives'} may be deleted")
 
 
 def fetch(url: str, md5: str, folder: Path) -> Path:
@@ -646,22 +653,18 @@ def fetch(url: str, md5: str, folder: Path) -> Path:
 def archive_files(path: Path):
     """Yields (path inside, open file) for every regular file of a .zip, .tar or .tgz.
 
-    Links and devices are left out. Raises ValueError where the archive is broken.
+    Links and devices are left out: nothing in an archive may point out of it.
     """
-    try:
-        if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                for member in archive.infolist():
-                    if not member.is_dir():
-                        yield PurePosixPath(member.filename), archive.open(member)
-        else:
-            with tarfile.open(path) as archive:
-                for member in archive:
-                    if member.isfile():
-                        yield PurePosixPath(member.name), archive.extractfile(member)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as e:
-        raise ValueError(f"{path}: a broken archive ({e}); delete it and run the same command "
-                         "again") from None
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if not member.is_dir():
+                    yield PurePosixPath(member.filename), archive.open(member)
+    else:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.isfile():
+                    yield PurePosixPath(member.name), archive.extractfile(member)
 
 
 def unpack(path: Path, prefix: str, wanted: tuple[str, ...], root: Path):
@@ -862,7 +865,8 @@ def read_coco(path: Path) -> list[CocoImage]:
     images, objects, names = {}, {}, {}
     try:
         with open(path, encoding="utf-8") as f:
-            for key, item in JsonReader(path, f).items():
+            entries = JsonReader(path, f).items()
+            for key, item in tqdm(entries, f"reading {path.name}", unit=" entries"):
                 if key == "images":
                     stem = PurePosixPath(item["file_name"]).stem
                     images[item["id"]] = stem, item["height"], item["width"]
@@ -1016,27 +1020,37 @@ def coco_mask(image: CocoImage) -> np.ndarray:
 def prepare(name: str):
     """COCO 2014's own files -> the layout of part I. Does nothing where all of it is there.
 
-    Raises ValueError where photos are missing or the counts are not COCO's.
+    Raises ValueError for another name, where photos lack and where the counts are not COCO's.
     """
     root = folder_to_fill(name)
     data = Dataset(root, dataset_name(name), COCO_CLASSES)
     if data.name != "COCO2014":
         raise ValueError(f"--data {name}: only COCO2014 is prepared; VOC2012 wants --download")
-    if any(c.found != c.expected for c in published_counts(data)):
-        lines, ids = [], {}
-        for split in PUBLISHED["COCO2014"]:
-            images = read_coco(root / "annotations" / f"instances_{split}2014.json")
-            link_photos(root, f"{split}2014", images)
-            write_coco_masks(root, images)
-            ids[split] = [image.image_id for image in images]
-            lines += [label_line(image) for image in images]
+    missing = [c for c in published_counts(data) if c.found != c.expected]
+    if missing or not (root / "classes.txt").is_file():
+        lines = {split: prepare_split(root, f"{split}2014") for split in PUBLISHED[data.name]}
         write_text(root / "classes.txt", "\n".join(COCO_CLASSES) + "\n")
-        write_text(root / "image_labels.txt", "\n".join(lines) + "\n")
-        # The lists come last: they are what a stage takes for a finished dataset.
-        for split, listed in ids.items():
-            write_text(data.list_path(split), "\n".join(listed) + "\n")
+        write_text(root / "image_labels.txt", "".join(lines["train"] + lines["val"]))
+        # The lists come last: where they are, a stage takes the dataset for finished.
+        for split, of_split in lines.items():
+            ids = [line.split()[0] for line in of_split]
+            write_text(data.list_path(split), "\n".join(ids) + "\n")
     check_published(data)
     print(f"{root}: prepared")
+
+
+def prepare_split(root: Path, folder: str) -> list[str]:
+    """Links to photos and true masks of train2014 or val2014 -> its lines of image_labels.txt."""
+    images = read_coco(root / "annotations" / f"instances_{folder}.json")
+    link_photos(root, folder, images)
+    write_coco_masks(root, images)
+    lines = []
+    for image in images:
+        # Crowds too: what is in the photo is said, not how many.
+        categories = sorted({category for category, _ in image.objects})
+        names = ", ".join(COCO_SLOTS[number] for number in categories)
+        lines.append(f"{image.image_id} {names}\n")
+    return lines
 
 
 def link_photos(root: Path, folder: str, images: list[CocoImage]):
@@ -1071,16 +1085,11 @@ def write_coco_masks(root: Path, images: list[CocoImage]):
     for_each(write, images, "masks")
 
 
-def label_line(image: CocoImage) -> str:
-    """A line of image_labels.txt: `<id> name, name`."""
-    categories = sorted({category for category, _ in image.objects})
-    return f"{image.image_id} {', '.join(COCO_SLOTS[number] for number in categories)}"
+def convert_coco_ids(folder: Path):
+    """Label PNGs of COCO's category ids 0..90 -> <folder>_81/, the same with our class numbers.
 
-
-def convert_coco_ids(data: Dataset, folder: Path):
-    """Write label PNGs that hold COCO's category ids once more, with our class numbers, beside.
-
-    <folder>_81/<id>.png; what the stages read (--seeds, --masks) holds class numbers.
+    Stages read class numbers alone (--seeds, --masks): the two agree up to 11 and then differ by
+    one and more, which no reader can see in a mask.
     """
     paths = sorted(folder.glob("*.png"))
     if not paths:
@@ -1844,8 +1853,9 @@ def parse_args(argv=None):
                    help="score this folder of label PNGs instead of runs/<dataset>")
     p.add_argument("--split", default="val", help="list to score --masks on [%(default)s]")
     p.add_argument("--ids", type=int, choices=[91],
-                   help="91: --masks holds COCO's category ids 0..90, as other projects' masks "
-                        "do, and not the 81 class numbers; with --prepare they are converted")
+                   help="91: --masks holds COCO's category ids 0..90, as masks of other projects "
+                        "do, and not class numbers 0..80; with --prepare, write them to DIR_81 "
+                        "as class numbers")
     p.add_argument("--check", action="store_true",
                    help="check the dataset, VOC2012 and COCO2014 against the published counts, "
                         "and stop")
@@ -1860,20 +1870,22 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    if args.ids and not args.masks:
+        raise ValueError("--ids 91 says what numbers --masks DIR holds; name that folder")
     if args.download:
         download(args.data)
-    if args.prepare and not args.masks:
+    if args.prepare and args.ids:
+        convert_coco_ids(args.masks)
+    elif args.prepare:
         prepare(args.data)
-    if args.download or (args.prepare and not args.masks):
+    if args.download or args.prepare:
         return
     data = find_dataset(args.data)
     folder = args.runs / data.name
-    if args.ids and (data.classes != COCO_CLASSES or not args.masks):
-        raise ValueError("--ids 91 reads --masks DIR of a dataset with COCO's 81 classes")
+    if args.ids and data.classes != COCO_CLASSES:
+        raise ValueError(f"--ids 91: {data.root} has not COCO's 81 classes")
     if args.check:
         check_dataset(data)
-    elif args.prepare:
-        convert_coco_ids(data, args.masks)
     elif args.submit:
         submit(data, folder)
     elif args.masks:
