@@ -832,8 +832,9 @@ class JsonReader:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError:
-                end = len(self.text)   # cut off
-            if end < len(self.text):   # a number at the very end may have more digits
+                end = len(self.text)  # it goes on behind the piece
+            # What comes behind must be there too: of the number -4.5 the piece may end in -4.
+            if self.text[end:end + 1] in tuple(",:]} \t\r\n"):
                 self.at = end
                 return value
             self.more()
@@ -901,7 +902,7 @@ def check_references(path: Path, objects: dict, images: dict):
 def outline(segmentation):
     """An object's place as the JSON has it -> Runs, or polygons: a list of (n, 2) float64, x y.
 
-    Raises ValueError for a polygon of less than three corners.
+    A polygon of less than three corners is a ValueError.
     """
     # Arrays, because nearly all of the file is these numbers: an array holds one in 8 bytes,
     # Python's lists in 32.
@@ -914,10 +915,7 @@ def outline(segmentation):
 
 
 def corners(numbers: list[float]) -> np.ndarray:
-    """x, y, x, y, ... of a polygon -> (n, 2) float64. Four numbers are x, y, width, height."""
-    if len(numbers) == 4:
-        x, y, width, height = numbers
-        numbers = [x, y, x, y + height, x + width, y + height, x + width, y]
+    """x, y, x, y, ... of a polygon -> (n, 2) float64. Raises ValueError below three corners."""
     if len(numbers) < 6 or len(numbers) % 2:
         raise ValueError(f"a polygon of {len(numbers)} numbers; x and y of three corners or more "
                          "are expected")
@@ -975,20 +973,25 @@ def trace(polygon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(steep[edge], across, along), np.where(steep[edge], along, across)
 
 
-def fill(polygon: np.ndarray, H: int, W: int) -> tuple[int, np.ndarray]:
-    """A polygon's first column in an image of (H, W), and its pixels from there on, (H, n) bool."""
+def fill(polygon: np.ndarray, H: int, W: int) -> tuple[tuple[slice, slice], np.ndarray]:
+    """Rows and columns around a polygon in an image of (H, W), and which pixels there are its own.
+
+    Those are (h, w) bool; h or w is 0 for a polygon that holds the middle of no pixel.
+    """
     u, v = trace(polygon)
     # The middle of column x lies between the fine columns 5x + 2 and 5x + 3.
     column, row = np.minimum(u[:-1], u[1:]), np.minimum(v[:-1], v[1:])
     crosses = (u[:-1] != u[1:]) & (column % 5 == 2) & (column >= 0) & (column < 5 * W)
     if not crosses.any():
-        return 0, np.zeros((H, 0), bool)  # less than a pixel, or outside of the photo
+        return (slice(0), slice(0)), np.zeros((0, 0), bool)
+    # A crossing counts from the first pixel whose middle lies below it.
     x, y = column[crosses] // 5, np.clip((row[crosses] + 2) // 5, 0, H)
-    left = int(x.min())
-    n = int(x.max()) - left + 1
-    crossings = np.bincount((x - left) * (H + 1) + y, minlength=n * (H + 1)).reshape(n, H + 1)
-    inside = crossings.cumsum(1)[:, :H] % 2 == 1                      # (n, H), down each column
-    return left, inside.T
+    left, top = x.min(), y.min()
+    w, h = x.max() - left + 1, y.max() - top
+    crossings = np.bincount((x - left) * (h + 1) + y - top, minlength=w * (h + 1))
+    crossings = crossings.reshape(w, h + 1)[:, :h]                    # (w, h), down each column
+    inside = (crossings.cumsum(1) & 1).astype(bool)
+    return (slice(top, top + h), slice(left, left + w)), inside.T
 
 
 def paint(label: np.ndarray, place, k: int):
@@ -1001,8 +1004,8 @@ def paint(label: np.ndarray, place, k: int):
         label[inside.reshape(W, H).T] = k
         return
     for polygon in place:
-        left, inside = fill(polygon, H, W)
-        label[:, left:left + inside.shape[1]][inside] = k
+        around, inside = fill(polygon, H, W)
+        label[around][inside] = k
 
 
 def coco_mask(image: CocoImage) -> np.ndarray:
