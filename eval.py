@@ -32,7 +32,7 @@ import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -95,7 +95,7 @@ class Dataset:
     root: Path
     name: str
     classes: tuple
-    texts: dict
+    texts: dict = field(default_factory=dict)
 
     def list_path(self, split: str) -> Path:
         """Where the list `split` is, or would be."""
