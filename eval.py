@@ -40,7 +40,7 @@ from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 # "Unsure" in our masks, the void border around objects in VOC's: neither trained on nor scored.
@@ -1403,13 +1403,12 @@ small, figcaption, .key { color: var(--soft); font-size: .8rem }
 .flow .stage { flex: 1.3; padding: .6rem .8rem; background: var(--panel); border-radius: .5rem }
 .flow li + li::before { content: "\\2192"; position: absolute; left: -1.6rem; top: 2rem;
   width: 1.6rem; text-align: center }
-.pictures { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); gap: .4rem;
-  margin-bottom: 1rem }
+.pictures { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); gap: .4rem }
 table { border-collapse: collapse }
 th, td { padding: .3rem 1rem 0 0; text-align: left; white-space: nowrap }
 .n { text-align: right }
 .how { white-space: normal; border-bottom: 1px solid var(--line) }
-.key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .5rem 0 }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .4rem 0 1.2rem }
 .chip { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem;
   border: 1px solid var(--line) }
 .bars { columns: 16rem; column-gap: 2.5rem }
@@ -1427,7 +1426,8 @@ polyline { fill: none; stroke: var(--blue); stroke-width: 1.5 }
   .flow { flex-direction: column }
   .flow li:not(.stage) { width: 60%; margin: 0 auto }
   .flow li + li::before { content: "\\2193"; left: 0; top: -1.6rem; width: 100% }
-  .pictures { grid-template-columns: repeat(min(var(--n), 3), minmax(0, 1fr)) } }
+  .pictures { grid-template-columns: repeat(min(var(--n), 3), minmax(0, 1fr)) }
+  th, td { padding-right: .4rem; font-size: .8rem } td:first-child { white-space: normal } }
 """
 # The page is one file that needs no network: pictures and style stand in it.
 PAGE = """<!DOCTYPE html>
@@ -1483,8 +1483,8 @@ def cam_picture(data: Dataset, folder: Path, image_id: str, image: np.ndarray) -
 def pictures(data: Dataset, folder: Path, split: str, image_id: str) -> dict:
     """{caption: picture} of a photo, what every stage made of it, the truth, where it is wrong.
 
-    What does not exist is left out. A picture is (H, W, 3) uint8, or a pair: numbers (H, W) and
-    the palette (n, 3) that colours them.
+    What does not exist is left out. A picture is (H, W, 3) uint8, or a LabelMap, or a pair: numbers
+    (H, W) and the palette (n, 3) that colours them.
     """
     image = data.image(image_id)                                         # (H, W, 3)
     # In the order of the chain, so that a row reads from left to right as the method works.
@@ -1495,18 +1495,64 @@ def pictures(data: Dataset, folder: Path, split: str, image_id: str) -> dict:
         path = label_file(folder, stage, split, image_id)
         if path.is_file():
             last, label = name, read_label(path, K, size)
-            shown[name] = label, colour_map()
+            shown[name] = LabelMap(image, label)
     if data.truth_path(image_id):
         truth = read_label(data.truth_path(image_id), K, size)
-        shown["truth"] = truth, colour_map()
+        shown["truth"] = LabelMap(image, truth)
         if last:
             palette = np.array(list(WRONG.values()), np.uint8)
             shown[f"{last}: where wrong"] = where_wrong(truth, label), palette
     return shown
 
 
-def image_tag(picture, alt: str) -> str:
-    """<img> that holds its picture, made small: a photo as JPEG, class numbers as PNG."""
+class LabelMap(NamedTuple):
+    """A photo (H, W, 3) uint8 and the class numbers (H, W) of its pixels, to be shown together."""
+    photo: np.ndarray
+    label: np.ndarray
+
+
+def overlay(photo: np.ndarray, label: np.ndarray, classes, side: int) -> np.ndarray:
+    """The photo with its mask laid over it, rimmed in white, and the classes' names on it.
+
+    photo (H, W, 3) uint8, label (H, W) class numbers. Returns (h, w, 3) uint8 whose longer side has
+    `side` pixels. Background stays photo; unsure pixels are paled. A mask alone, in VOC's colours
+    on black, hides its dark classes (sheep, bottle, cow) and shows nothing of what they should be.
+    """
+    scale = side / max(label.shape)
+    width, height = [max(1, round(n * scale)) for n in label.shape[::-1]]
+    photo = np.asarray(Image.fromarray(photo).resize((width, height), Image.BICUBIC))
+    label = np.asarray(Image.fromarray(label).resize((width, height), Image.NEAREST))
+    share = np.where(label > 0, 0.5, 0.0)[:, :, None]                    # (h, w, 1) of the colour
+    mixed = (1 - share) * photo + share * colour_map()[label]            # (h, w, 3)
+    # A pixel is on the rim if the one to the right or the one below is of another class.
+    rim = np.zeros(label.shape, bool)
+    rim[:, :-1] |= label[:, :-1] != label[:, 1:]
+    rim[:-1] |= label[:-1] != label[1:]
+    mixed[rim] = 255
+    sheet = Image.fromarray(mixed.astype(np.uint8))
+    for k in np.unique(label[(label > 0) & (label != IGNORE)]):
+        write_name(sheet, classes[k], np.argwhere(label == k))
+    return np.asarray(sheet)
+
+
+def write_name(sheet: Image.Image, name: str, pixels: np.ndarray):
+    """Draw a name on a picture, at the middle of the pixels (n, 2) (row, column); in place."""
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(max(10, max(sheet.size) // 18))
+    # The mean of a ring lies outside it, so the name goes to the ring's pixel nearest to there.
+    distance = np.square(pixels - pixels.mean(0)).sum(1)
+    row, column = pixels[distance.argmin()]
+    left, top, right, bottom = draw.textbbox((0, 0), name, font=font, anchor="mm", stroke_width=2)
+    # Kept inside the picture, as far as the name is not wider than that.
+    x = min(max(column, -left), max(sheet.width - right, -left))
+    y = min(max(row, -top), max(sheet.height - bottom, -top))
+    draw.text((x, y), name, (255, 255, 255), font, anchor="mm", stroke_width=2, stroke_fill=0)
+
+
+def image_tag(picture, alt: str, classes=()) -> str:
+    """<img> that holds its picture, made small: a photo as JPEG, numbers as PNG."""
+    if isinstance(picture, LabelMap):
+        picture = overlay(*picture, classes, 256)
     if isinstance(picture, tuple):
         numbers, palette = picture
         # Between two class numbers there is no number: neither shrinking nor coding may mix them.
@@ -1544,45 +1590,45 @@ def spread(items: list, n: int) -> list:
 
 
 class Gallery:
-    """Rows of pictures, and what other sections of the page need of them.
+    """Rows of pictures, each with its classes' colours, and what other sections need of them.
 
-    first: {caption: (<img> of the first picture with this caption, image id)}; numbers: the class
-    numbers that occur in any of the pictures.
+    classes: the dataset's; first: {caption: (<img> of the first picture with this caption, id)}.
     """
 
-    def __init__(self):
-        self.html, self.first, self.numbers = "", {}, set()
+    def __init__(self, classes: tuple[str, ...]):
+        self.classes, self.html, self.first = classes, "", {}
 
     def add_row(self, image_id: str, row: dict):
         """What `pictures` gives for an image, as one row."""
-        figures = ""
+        figures, numbers = "", set()
         for caption, picture in row.items():
-            image = image_tag(picture, f"{caption}, {image_id}")
+            image = image_tag(picture, f"{caption}, {image_id}", self.classes)
             self.first.setdefault(caption, (image, image_id))
             figures += f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-            if isinstance(picture, tuple) and "where wrong" not in caption:
-                self.numbers.update(np.unique(picture[0]))
+            if isinstance(picture, LabelMap):
+                numbers.update(np.unique(picture.label))
         self.html += (f"<small>{escape(image_id)}</small>"
                       f'<div class="pictures" style="--n: {len(row)}">{figures}</div>')
+        # Beside the row, since a legend at the end of the page is read by nobody.
+        names = {**dict(enumerate(self.classes)), IGNORE: "unsure, or not scored"}
+        self.html += legend({names[k]: colour_map()[k] for k in sorted(numbers - {0})})
 
-    def add_legends(self, classes: tuple[str, ...]):
-        """What the colours mean that occur."""
-        names = {**dict(enumerate(classes)), IGNORE: "unsure, or not scored"}
-        self.html += legend({names[k]: colour_map()[k] for k in sorted(self.numbers)})
+    def add_wrong_legend(self):
+        """What the colours of "where wrong" mean, if there is such a picture."""
         if any("where wrong" in caption for caption in self.first):
             self.html += f"<small>where wrong:</small>{legend(WRONG)}"
 
 
 def make_gallery(data: Dataset, folder: Path, splits: list[str], n: int) -> Gallery:
     """n images of every list, spread over it, with all that became of them."""
-    gallery = Gallery()
+    gallery = Gallery(data.classes)
     for split in splits:
         ids = [i for i in data.ids(split) if has_output(folder, split, i)]
         if ids:
             gallery.html += f"<h3>{escape(split)}</h3>"
         for image_id in spread(ids, n):
             gallery.add_row(image_id, pictures(data, folder, split, image_id))
-    gallery.add_legends(data.classes)
+    gallery.add_wrong_legend()
     return gallery
 
 
@@ -1600,9 +1646,8 @@ def clip_story(data: Dataset, folder: Path, split: str) -> str:
                 if "boxes" not in cams:
                     return ""
                 if cams["boxes"].any():
-                    gallery = Gallery()
+                    gallery = Gallery(data.classes)
                     gallery.add_row(image_id, clip_steps(data, folder, image_id, cams))
-                    gallery.add_legends(data.classes)
                     return f"<p>{CLIP_STORY}</p>{gallery.html}"
     return ""
 
@@ -1625,7 +1670,7 @@ def clip_steps(data: Dataset, folder: Path, image_id: str, cams) -> dict:
              "after the affinity": image // 2 + heat(cams["cam"][k], size) // 2}
     path = label_file(folder, "1_cam", "", image_id)
     if path.is_file():
-        shown["seed"] = read_label(path, len(data.classes), size), colour_map()
+        shown["seed"] = LabelMap(image, read_label(path, len(data.classes), size))
     return shown
 
 
