@@ -606,7 +606,7 @@ def download(name: str):
     root, known = folder_to_fill(name), dataset_name(name)
     if known not in PUBLISHED:
         raise ValueError(f"--data {name}: only {' and '.join(PUBLISHED)} can be downloaded")
-    data = Dataset(root, known, PUBLISHED_CLASSES[known])
+    data = Dataset(root, known, PUBLISHED_CLASSES[known], texts={})
     bring = download_voc if known == "VOC2012" else download_coco
     try:
         bring(data)
@@ -776,7 +776,7 @@ class CocoImage(NamedTuple):
     image_id: str
     height: int
     width: int
-    objects: list  # (class number, outline) in the file's order; see `outline`
+    objects: list  # (category id, outline) in the file's order; outlines are of `read_outline`
 
 
 class Runs(NamedTuple):
@@ -792,11 +792,11 @@ class JsonReader:
     makes of them take several times that.
     """
 
-    def __init__(self, path: Path, file):
-        self.path = path
+    def __init__(self, file):
         self.file = file
         self.text = ""  # the piece
         self.at = 0     # how far it has been read
+        self.space = re.compile(r"\s*")
         self.decoder = json.JSONDecoder()
 
     def more(self):
@@ -805,15 +805,14 @@ class JsonReader:
         # is left keeps that rare for an item of any length.
         added = self.file.read(max(1 << 20, len(self.text) - self.at))
         if not added:
-            raise ValueError(f"{self.path}: not a whole JSON file; delete it, and --download "
-                             "brings it again")
+            raise ValueError("not a whole JSON file; delete it, and --download brings it again")
         self.text = self.text[self.at:] + added
         self.at = 0
 
     def next(self) -> str:
         """The character that comes next, white space aside."""
         while True:
-            self.at = re.compile(r"\s*").match(self.text, self.at).end()
+            self.at = self.space.match(self.text, self.at).end()
             if self.at < len(self.text):
                 return self.text[self.at]
             self.more()
@@ -821,7 +820,7 @@ class JsonReader:
     def skip(self, character: str):
         """Step over `character`. Raises ValueError where another one comes next."""
         if self.next() != character:
-            raise ValueError(f"{self.path}: {character} is expected before "
+            raise ValueError(f"no JSON: {character} is expected before "
                              f"{self.text[self.at:self.at + 40]!r}")
         self.at += 1
 
@@ -866,20 +865,22 @@ def read_coco(path: Path) -> list[CocoImage]:
     images, objects, names = {}, {}, {}
     try:
         with open(path, encoding="utf-8") as f:
-            entries = JsonReader(path, f).items()
-            for key, item in tqdm(entries, f"reading {path.name}", unit=" entries"):
+            entries = tqdm(JsonReader(f).items(), f"reading {path.name}", unit=" entries")
+            for key, item in entries:
                 if key == "images":
                     stem = PurePosixPath(item["file_name"]).stem
                     images[item["id"]] = stem, item["height"], item["width"]
                 elif key == "annotations":
-                    found = item["category_id"], outline(item["segmentation"])
+                    found = item["category_id"], read_outline(item["segmentation"])
                     objects.setdefault(item["image_id"], []).append(found)
                 elif key == "categories":
                     names[item["id"]] = item["name"]
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; --download brings it") from None
     except (KeyError, TypeError) as e:
-        raise ValueError(f"{path}: an entry of {key} without {e}") from None
+        raise ValueError(f"{path}: an entry of {key} is not COCO's ({e!r})") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
     if names != {number: COCO_SLOTS[number] for number in COCO_IDS[1:]}:
         raise ValueError(f"{path}: its {len(names)} categories are not COCO's 80")
     check_references(path, objects, images)
@@ -899,7 +900,7 @@ def check_references(path: Path, objects: dict, images: dict):
                                  "which is none of COCO's 80")
 
 
-def outline(segmentation):
+def read_outline(segmentation):
     """An object's place as the JSON has it -> Runs, or polygons: a list of (n, 2) float64, x y.
 
     A polygon of less than three corners is a ValueError.
@@ -994,16 +995,16 @@ def fill(polygon: np.ndarray, H: int, W: int) -> tuple[tuple[slice, slice], np.n
     return (slice(top, top + h), slice(left, left + w)), inside.T
 
 
-def paint(label: np.ndarray, place, k: int):
+def paint(label: np.ndarray, outline, k: int):
     """Write class number k into label (H, W) where an object is. Runs must fit the photo."""
     H, W = label.shape
-    if isinstance(place, Runs):
-        if place.size != (H, W) or place.counts.min() < 0 or place.counts.sum() != H * W:
-            raise ValueError(f"run lengths of {place.size} and {place.counts.sum()} pixels")
-        inside = np.repeat(np.arange(len(place.counts)) % 2 == 1, place.counts)
+    if isinstance(outline, Runs):
+        if outline.size != (H, W) or outline.counts.min() < 0 or outline.counts.sum() != H * W:
+            raise ValueError(f"run lengths of {outline.size} and {outline.counts.sum()} pixels")
+        inside = np.repeat(np.arange(len(outline.counts)) % 2 == 1, outline.counts)
         label[inside.reshape(W, H).T] = k
         return
-    for polygon in place:
+    for polygon in outline:
         around, inside = fill(polygon, H, W)
         label[around][inside] = k
 
@@ -1015,8 +1016,8 @@ def coco_mask(image: CocoImage) -> np.ndarray:
     tool paints it.
     """
     label = np.zeros((image.height, image.width), np.uint8)
-    for category, place in reversed(image.objects):  # so that the first is painted last
-        paint(label, place, CLASS_OF_COCO_ID[category])
+    for category, outline in reversed(image.objects):  # so that the first is painted last
+        paint(label, outline, CLASS_OF_COCO_ID[category])
     return label
 
 
@@ -1026,7 +1027,7 @@ def prepare(name: str):
     Raises ValueError for another name, where photos lack and where the counts are not COCO's.
     """
     root = folder_to_fill(name)
-    data = Dataset(root, dataset_name(name), COCO_CLASSES)
+    data = Dataset(root, dataset_name(name), COCO_CLASSES, texts={})
     if data.name != "COCO2014":
         raise ValueError(f"--data {name}: only COCO2014 is prepared; VOC2012 wants --download")
     missing = [c for c in published_counts(data) if c.found != c.expected]
