@@ -249,8 +249,8 @@ def find_dataset(name: str | Path) -> Dataset:
     roots = [place for place in places if (place / "JPEGImages").is_dir()]
     if not roots:
         raise ValueError(f"--data {name}: no folder with JPEGImages/ at "
-                         f"{', '.join(map(str, places))}; python eval.py --data VOC2012 "
-                         "--download brings VOC 2012's (README, Data)")
+                         f"{', '.join(map(str, places))}; eval.py brings VOC2012 by --download, "
+                         "COCO2014 by --download --prepare (README, Data)")
     path = roots[0] / "classes.txt"
     classes, texts = read_classes(path) if path.is_file() else (VOC_CLASSES, {})
     return Dataset(roots[0], dataset_name(roots[0]), classes, texts)
@@ -558,10 +558,12 @@ def check_published(data: Dataset):
     Raises ValueError where something that the four commands need is not as published.
     """
     counts = published_counts(data)
+    # Every count is printed, the right ones too: who compares with a paper wants to see them.
     for c in counts:
         note = "" if c.found == c.expected else "  missing" if c.needed else "  not needed to run"
         print(f"{c.split:9} {c.what:12} {c.found:7,} of {c.expected:7,}{note}")
     missing = [c for c in counts if c.found != c.expected]
+    # An archive is named once, however many counts wait for it.
     for source in dict.fromkeys(c.source for c in missing):
         print(f"{source}: {how_to_get(data, source)}")
     if data.classes != PUBLISHED_CLASSES[data.name]:
@@ -603,6 +605,7 @@ def download(name: str):
     Raises ValueError for another name, a download that fails, a full disk, and where the counts
     are not the published ones in the end.
     """
+    # The name is all that tells which dataset is meant; stages choose their recipe by it too.
     root, known = folder_to_fill(name), dataset_name(name)
     if known not in PUBLISHED:
         raise ValueError(f"--data {name}: only {' and '.join(PUBLISHED)} can be downloaded")
@@ -630,6 +633,8 @@ def fetch(url: str, md5: str, folder: Path) -> Path:
     # Here and not above: torchvision brings torch, and who only scores shall not wait for it.
     from torchvision.datasets.utils import check_integrity, download_url
     path = folder / url.rpartition("/")[2]
+    # An archive may have been put here by hand, from another machine. A wrong one is not deleted:
+    # it is not ours.
     if path.is_file():
         if not check_integrity(path, md5):
             raise ValueError(f"{path}: its md5 is not {md5}, so it is cut off or another file; "
@@ -697,6 +702,7 @@ def download_voc(data: Dataset):
     from torchvision.datasets.voc import DATASET_YEAR_DICT
     voc, archives = DATASET_YEAR_DICT["2012"], data.root / "archives"
     test = archives / TEST_ARCHIVE
+    # Files decide, not archives: with all of them in place nothing is asked of any server.
     lacking = {c.source for c in published_counts(data) if c.found != c.expected}
     if VOC_ARCHIVE in lacking:
         unpack(fetch(voc["url"], voc["md5"], archives), "VOCdevkit/VOC2012", VOC_WANTED, data.root)
@@ -705,6 +711,8 @@ def download_voc(data: Dataset):
     if not data.has("trainaug"):
         write_trainaug(data, fetch(SBDataset.url, SBDataset.md5, archives))
 
+    # VOC's archive has an annotation for each of its photos, so all of trainaug is expected to
+    # have its labels from there. An id without is not dropped: SBD says what is in it.
     ids = data.ids("trainaug")
     unlabelled = without_labels(data, ids)
     unmasked = [i for i in ids if data.truth_path(i) is None]
@@ -745,6 +753,7 @@ def convert_sbd(data: Dataset, archive: Path, unlabelled: set[str], unmasked: se
     Labels are the list of classes that the file has beside its mask. SBD draws no void border, so
     its masks hold no 255.
     """
+    # scipy reads MATLAB's files; nothing else here needs it, so nobody has to install it to train.
     from scipy.io import loadmat
     for inside, source in tqdm(archive_files(archive), "SBD's .mat files", unit=" files"):
         image_id = inside.stem
@@ -765,6 +774,7 @@ def download_coco(data: Dataset):
     """COCO 2014's photos and JSON files, as its archives have them."""
     for url, md5 in COCO_ARCHIVES.items():
         wanted, expected = COCO_WANTED[url.rpartition("/")[2]]
+        # A count is enough: files appear whole, so as many as there should be are all of them.
         if len(list(data.root.glob(wanted))) != expected:
             unpack(fetch(url, md5, data.root / "archives"), "", (wanted,), data.root)
 
@@ -862,6 +872,8 @@ def read_coco(path: Path) -> list[CocoImage]:
 
     Raises ValueError where the categories are not COCO's 80, and for entries that do not fit.
     """
+    # Annotations come in no order of photos, and photos may come after them: so all is gathered by
+    # number first and put together at the end.
     images, objects, names = {}, {}, {}
     try:
         with open(path, encoding="utf-8") as f:
@@ -881,6 +893,7 @@ def read_coco(path: Path) -> list[CocoImage]:
         raise ValueError(f"{path}: an entry of {key} is not COCO's ({e!r})") from None
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
+    # Other categories would give every mask wrong classes, and nobody would see it.
     if names != {number: COCO_SLOTS[number] for number in COCO_IDS[1:]}:
         raise ValueError(f"{path}: its {len(names)} categories are not COCO's 80")
     check_references(path, objects, images)
@@ -935,9 +948,9 @@ def run_lengths(text: str) -> list[int]:
         bits = ord(character) - ord("0")
         number |= (bits & 31) << shift
         shift += 5
-        if bits & 32:
+        if bits & 32:  # it goes on
             continue
-        if bits & 16:
+        if bits & 16:  # two's complement: the highest bit counts negative
             number -= 1 << shift
         counts.append(number + counts[-2] if len(counts) > 2 else number)
         number, shift = 0, 0
@@ -960,11 +973,13 @@ def trace(polygon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     start = np.where(steep[:, None], start[:, ::-1], start)
     end = np.where(steep[:, None], end[:, ::-1], end)
     steps = np.abs(end - start)[:, 0]
-    # Rounding goes from the edge's lower end, so that two polygons that share it agree.
+    # Rounding always starts from the same end, so that two objects that share an edge, one walked
+    # up and one down, leave neither gap nor overlap.
     backward = (start[:, 0] > end[:, 0])[:, None]
     low, high = np.where(backward, end, start), np.where(backward, start, end)
     slope = (high - low)[:, 1] / np.maximum(steps, 1)
 
+    # All edges at once: every point knows its edge and how many steps into it it is.
     edge = np.repeat(np.arange(len(steps)), steps + 1)                # (n,) the edge of each point
     first = np.cumsum(steps + 1) - (steps + 1)
     step = np.arange(len(edge)) - first[edge]
@@ -989,6 +1004,7 @@ def fill(polygon: np.ndarray, H: int, W: int) -> tuple[tuple[slice, slice], np.n
     x, y = column[crosses] // 5, np.clip((row[crosses] + 2) // 5, 0, H)
     left, top = x.min(), y.min()
     w, h = x.max() - left + 1, y.max() - top
+    # Down a column, a pixel is inside after an odd number of crossings: one sum counts them all.
     crossings = np.bincount((x - left) * (h + 1) + y - top, minlength=w * (h + 1))
     crossings = crossings.reshape(w, h + 1)[:, :h]                    # (w, h), down each column
     inside = (crossings.cumsum(1) & 1).astype(bool)
@@ -1001,9 +1017,11 @@ def paint(label: np.ndarray, outline, k: int):
     if isinstance(outline, Runs):
         if outline.size != (H, W) or outline.counts.min() < 0 or outline.counts.sum() != H * W:
             raise ValueError(f"run lengths of {outline.size} and {outline.counts.sum()} pixels")
+        # Every second run is inside; COCO goes down the columns, as MATLAB and Fortran do.
         inside = np.repeat(np.arange(len(outline.counts)) % 2 == 1, outline.counts)
         label[inside.reshape(W, H).T] = k
         return
+    # Several parts are one object that something in front cuts in pieces: all get its class.
     for polygon in outline:
         around, inside = fill(polygon, H, W)
         label[around][inside] = k
@@ -1032,6 +1050,7 @@ def prepare(name: str):
         raise ValueError(f"--data {name}: only COCO2014 is prepared; VOC2012 wants --download")
     missing = [c for c in published_counts(data) if c.found != c.expected]
     if missing or not (root / "classes.txt").is_file():
+        # Both splits even if one is complete: image_labels.txt is one file for both.
         lines = {split: prepare_split(root, f"{split}2014") for split in PUBLISHED[data.name]}
         write_text(root / "classes.txt", "\n".join(COCO_CLASSES) + "\n")
         write_text(root / "image_labels.txt", "".join(lines["train"] + lines["val"]))
@@ -1064,6 +1083,7 @@ def link_photos(root: Path, folder: str, images: list[CocoImage]):
     dataset know COCO's folders. They are symbolic and relative: photos may be on another disk or
     read-only (then <folder> itself is a link), and the dataset may be moved.
     """
+    # Before the masks: an hour of painting shall not end in the news that photos are missing.
     there = {path.name for path in (root / folder).glob("*.jpg")}
     missing = [image.image_id for image in images if f"{image.image_id}.jpg" not in there]
     if missing:

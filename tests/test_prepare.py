@@ -322,7 +322,7 @@ def test_where_a_download_lands(monkeypatch, tmp_path, call):
     assert evaluation.folder_to_fill("VOC2012") == Path("VOC2012")
     assert "only VOC2012 and COCO2014 can be downloaded" in call("--data", "holiday", "--download", ok=False)
     assert "only COCO2014 is prepared" in call("--data", "VOC2012", "--prepare", ok=False)
-    assert "COCO" not in call("--data", "nowhere", ok=False)
+    assert "COCO2014 by --download --prepare" in call("--data", "COCO2014", "--check", ok=False)
 
 
 def test_check_names_what_differs_from_the_published_numbers(dataset, tmp_path, call):
