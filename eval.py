@@ -1083,7 +1083,7 @@ def link_photos(root: Path, folder: str, images: list[CocoImage]):
     dataset know COCO's folders. They are symbolic and relative: photos may be on another disk or
     read-only (then <folder> itself is a link), and the dataset may be moved.
     """
-    # Before the masks: an hour of painting shall not end in the news that photos are missing.
+    # Before the masks: minutes of painting shall not end in the news that photos are missing.
     there = {path.name for path in (root / folder).glob("*.jpg")}
     missing = [image.image_id for image in images if f"{image.image_id}.jpg" not in there]
     if missing:
