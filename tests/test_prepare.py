@@ -1,5 +1,8 @@
-"""VOC 2012 and COCO 2014 from nothing: archives laid out like the real ones, served from this machine, and COCO's masks
-beside pycocotools."""
+"""VOC 2012 and COCO 2014 from nothing.
+
+Archives are laid out like the real ones, in small, and served from this machine. COCO's masks are
+held beside pycocotools.
+"""
 import errno
 import hashlib
 import io
@@ -18,17 +21,25 @@ import numpy as np
 import pytest
 import torchvision
 from PIL import Image
+from torchvision.datasets import SBDataset
+from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 import eval as evaluation
 from conftest import draw_dataset
-from eval import (CLASS_OF_COCO_ID, COCO_CLASSES, COCO_IDS, IGNORE, CocoImage, JsonReader, coco_mask, corners, find_dataset,
-                  paint, read_coco, read_image_labels, read_label, read_outline, run, run_lengths, write_label, write_text)
+from eval import (CLASS_OF_COCO_ID, COCO_CLASSES, COCO_IDS, COCO_SLOTS, IGNORE, CocoImage,
+                  JsonReader, coco_mask, corners, find_dataset, paint, read_image_labels,
+                  read_label, read_outline, run, run_lengths, score_folder, write_label, write_text)
+
+# pycocotools calls numpy in a way that numpy 2 warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
 
 
 @pytest.fixture()
 def call(monkeypatch, capsys):
-    """Run eval.py in this process: call(options...) -> all that it printed, of several spaces one; a refusal is one line
-    and exit status 2."""
+    """Run eval.py in this process: call(options...) -> all that it printed, of many spaces one.
+
+    A refusal must be one line with exit status 2; it stands last in what is returned.
+    """
     def call(*options, ok=True):
         monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, options)])
         capsys.readouterr()
@@ -45,7 +56,10 @@ def call(monkeypatch, capsys):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files` {name: bytes} from 127.0.0.1 and notes what was asked for; of `cut` names it sends only a half."""
+    """Serves `files` {name: bytes} from 127.0.0.1 and notes what was `asked` for.
+
+    Of the names in `cut` it sends a half and hangs up.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -77,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture()
 def server():
     server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -86,9 +100,9 @@ def server():
 
 def png(label):
     f = io.BytesIO()
-    im = Image.fromarray(label, mode="P")
-    im.putpalette(evaluation.colour_map().tobytes())
-    im.save(f, "PNG")
+    picture = Image.fromarray(label, mode="P")
+    picture.putpalette(evaluation.colour_map().tobytes())
+    picture.save(f, "PNG")
     return f.getvalue()
 
 
@@ -116,202 +130,253 @@ def md5(body):
 
 
 def stamps(folder):
-    """{file: when it was written and what it is}: equal before and after a call that does nothing."""
-    return {p.relative_to(folder).as_posix(): (p.lstat().st_mtime_ns, p.lstat().st_ino)
-            for p in sorted(folder.rglob("*")) if not p.is_dir()}
+    """{file: when it was written, and which it is}: what a call that does nothing leaves alike."""
+    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    return {path.relative_to(folder).as_posix(): (path.lstat().st_mtime_ns, path.lstat().st_ino)
+            for path in files}
 
 
-# ============================================================================================================== VOC 2012
-
-TRAIN, VAL, SBD_ONLY, TEST = ["2007_1", "2007_2"], ["2007_3", "2007_4"], ["2008_1", "2008_2", "2008_3"], ["2009_1"]
-TRAINAUG = sorted(TRAIN + SBD_ONLY)
-LABEL = np.zeros((20, 30), np.uint8)
-LABEL[5:15, 5:15], LABEL[5:15, 15:25], LABEL[4] = 12, 15, IGNORE
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
 
 
-def voc_archive(without_xml=()):
-    """Like VOCtrainval_11-May-2012.tar, with what no one wants and what no one should follow."""
-    inside = "VOCdevkit/VOC2012"
-    files = {f"{inside}/ImageSets/Main/dog_train.txt": b"2007_1 1\n", f"{inside}/SegmentationObject/2007_1.png": png(LABEL),
-             f"{inside}/JPEGImages/../../../outside.jpg": jpg(), f"{inside}/JPEGImages/deeper/x.jpg": jpg(),
-             "/tmp/JPEGImages/absolute.jpg": jpg()}
-    for split, ids in (("train", TRAIN), ("val", VAL), ("trainval", TRAIN + VAL)):
-        files[f"{inside}/ImageSets/Segmentation/{split}.txt"] = "".join(f"{i}\n" for i in ids).encode()
-    objects = "".join(f"<object><name>{n}</name></object>" for n in ("person", "dog", "dog"))
-    for i in TRAIN + VAL + SBD_ONLY + ["2007_9"]:
-        files[f"{inside}/JPEGImages/{i}.jpg"] = jpg()
-        if i not in without_xml:
-            files[f"{inside}/Annotations/{i}.xml"] = f"<annotation>{objects}</annotation>".encode()
-    for i in TRAIN + VAL:
-        files[f"{inside}/SegmentationClass/{i}.png"] = png(LABEL)
-    link = tarfile.TarInfo(f"{inside}/JPEGImages/link.jpg")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    return tar(files, odd=[link])
-
-
-def sbd_archive(extra=()):
-    """Like benchmark.tgz: lists, photos, and masks in .mat files. One of VOC's val stands in its train."""
-    files = {"train.txt": [SBD_ONLY[0], TRAIN[0], VAL[0], *extra], "val.txt": SBD_ONLY[1:]}
-    files = {f"benchmark_RELEASE/dataset/{k}": "".join(f"{i}\n" for i in v).encode() for k, v in files.items()}
-    try:
-        from scipy.io import savemat
-    except ImportError:
-        return tar(files, "w:gz")
-    for i in SBD_ONLY + [TRAIN[0], VAL[0]]:
-        f, truth = io.BytesIO(), np.where(LABEL == IGNORE, 0, LABEL)
-        savemat(f, {"GTcls": {"Segmentation": truth, "CategoriesPresent": np.array([[12], [15]], np.uint8)}})
-        files[f"benchmark_RELEASE/dataset/cls/{i}.mat"] = f.getvalue()
-        files[f"benchmark_RELEASE/dataset/img/{i}.jpg"] = jpg()
-    return tar(files, "w:gz")
-
-
-@pytest.fixture()
-def voc(server, monkeypatch, tmp_path):
-    """-> a function that puts VOC's and SBD's archives on the server; the folder to be is tmp_path/VOC2012."""
-    from torchvision.datasets import SBDataset
-    from torchvision.datasets.voc import DATASET_YEAR_DICT
-    monkeypatch.setitem(evaluation.PUBLISHED, "VOC2012", {"train": 2, "val": 2, "trainaug": 5, "test": 1})
-
-    def offer(voc_body, sbd_body):
-        server.files = {"VOCtrainval_11-May-2012.tar": voc_body, "benchmark.tgz": sbd_body}
-        entry = {**DATASET_YEAR_DICT["2012"], "url": server.url("VOCtrainval_11-May-2012.tar"), "md5": md5(voc_body)}
-        monkeypatch.setitem(DATASET_YEAR_DICT, "2012", entry)
-        monkeypatch.setattr(SBDataset, "url", server.url("benchmark.tgz"))
-        monkeypatch.setattr(SBDataset, "md5", md5(sbd_body))
-        return tmp_path / "VOC2012"
-    return offer
-
-
-def without_scipy(monkeypatch):
-    find = evaluation.importlib.util.find_spec
-    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None if name == "scipy" else find(name))
-
-
-def test_voc_from_nothing(voc, server, call, tmp_path):
-    pytest.importorskip("scipy", reason="scipy is not installed: SBD's .mat files cannot be made nor read")
-    root = voc(voc_archive(without_xml=[SBD_ONLY[1]]), sbd_archive())
-    said = call("--data", root, "--download")
-    assert "trainaug: 1 ids have no Annotations/<id>.xml" in said and "archives may be deleted" in said
-    data = find_dataset(str(root))
-    assert (data.ids("train"), data.ids("val"), data.ids("trainaug")) == (TRAIN, VAL, TRAINAUG)
-    assert set(map(tuple, data.image_labels(TRAINAUG).values())) == {(12, 15)}
-    assert {p.name for p in (root / "SegmentationClassAug").iterdir()} == {f"{i}.png" for i in SBD_ONLY}
-    assert np.array_equal(read_label(data.truth_path(SBD_ONLY[0])), np.where(LABEL == IGNORE, 0, LABEL))
-    assert (read_label(data.truth_path(TRAIN[0])) == LABEL).all()
-    assert "trainaug 5 images, 5 true masks, 2.00 classes an image" in call("--data", root, "--check")
-
-    # nothing but the wanted, nothing outside, no link followed
-    assert {p.name for p in tmp_path.iterdir()} == {"VOC2012"}
-    assert not any(p.is_symlink() or p.name == "x.jpg" for p in root.rglob("*"))
-    folders = {"Annotations", "ImageSets", "JPEGImages", "SegmentationClass", "SegmentationClassAug", "archives"}
-    assert {p.name for p in root.iterdir()} == folders and not (root / "ImageSets" / "Main").exists()
-    assert not Path("/tmp/JPEGImages/absolute.jpg").exists()
-
-    before, asked = stamps(root), len(server.asked)
-    call("--data", root, "--download")
-    shutil.rmtree(root / "archives")
-    call("--data", root, "--download")
-    after = stamps(root)
-    assert {k: v for k, v in before.items() if not k.startswith("archives/")} == after and len(server.asked) == asked
-
-
-@pytest.mark.parametrize("broken", ["checksum", "cut"])
-def test_a_bad_download_is_one_line_and_what_is_whole_is_kept(voc, server, call, broken, monkeypatch):
-    root = voc(voc_archive(), sbd_archive())
-    good = torchvision.datasets.SBDataset.md5
-    if broken == "cut":
-        server.cut = {"benchmark.tgz"}
-    else:
-        monkeypatch.setattr(torchvision.datasets.SBDataset, "md5", "0" * 32)
-    said = call("--data", root, "--download", ok=False)
-    assert "benchmark.tgz: what came has not the md5" in said.splitlines()[-1]
-    assert [p.name for p in (root / "archives").iterdir()] == ["VOCtrainval_11-May-2012.tar"]
-    assert not (root / "ImageSets" / "Segmentation" / "trainaug.txt").exists()
-
-    before = stamps(root)
-    server.cut, server.asked = set(), []
-    monkeypatch.setattr(torchvision.datasets.SBDataset, "md5", good)
-    call("--data", root, "--download")
-    assert set(server.asked) == {"benchmark.tgz"} and before.items() <= stamps(root).items()
-    assert find_dataset(str(root)).ids("trainaug") == TRAINAUG
-
-
-def test_a_server_that_is_not_there_is_one_line(voc, server, call):
-    root = voc(voc_archive(), sbd_archive())
-    server.files = {}
-    assert "404" in call("--data", root, "--download", ok=False).splitlines()[-1]
-    assert list((root / "archives").iterdir()) == []
+def last_line(said):
+    return said.splitlines()[-1]
 
 
 def no_space(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+# ================================================================================================
+# VOC 2012
+# ================================================================================================
+
+TRAIN, VAL, TEST = ["2007_1", "2007_2"], ["2007_3", "2007_4"], ["2009_1"]
+SBD_ONLY = ["2008_1", "2008_2", "2008_3"]
+TRAINAUG = sorted(TRAIN + SBD_ONLY)
+LABEL = np.zeros((20, 30), np.uint8)
+LABEL[5:15, 5:15] = 12
+LABEL[5:15, 15:25] = 15
+LABEL[4] = IGNORE
+SBD_LABEL = np.where(LABEL == IGNORE, 0, LABEL)
+VOC_TAR, SBD_TAR, TEST_TAR = "VOCtrainval_11-May-2012.tar", "benchmark.tgz", "VOC2012test.tar"
+INSIDE = "VOCdevkit/VOC2012"
+NEEDS_SCIPY = "scipy is not installed: SBD's .mat files can neither be made nor read"
+
+
+def lines_of(ids):
+    return "".join(f"{i}\n" for i in ids).encode()
+
+
+def voc_archive(without_xml=()):
+    """Like VOC's, with files that nobody wants and some that nobody should follow."""
+    files = {f"{INSIDE}/ImageSets/Main/dog_train.txt": b"2007_1 1\n",
+             f"{INSIDE}/SegmentationObject/2007_1.png": png(LABEL),
+             f"{INSIDE}/JPEGImages/../../../outside.jpg": jpg(),
+             f"{INSIDE}/JPEGImages/deeper/x.jpg": jpg(),
+             "/tmp/JPEGImages/absolute.jpg": jpg()}
+    for split, ids in (("train", TRAIN), ("val", VAL), ("trainval", TRAIN + VAL)):
+        files[f"{INSIDE}/ImageSets/Segmentation/{split}.txt"] = lines_of(ids)
+    objects = "".join(f"<object><name>{n}</name></object>" for n in ("person", "dog", "dog"))
+    for i in TRAIN + VAL + SBD_ONLY + ["2007_9"]:
+        files[f"{INSIDE}/JPEGImages/{i}.jpg"] = jpg()
+        if i not in without_xml:
+            xml = f"<annotation>{objects}</annotation>"
+            files[f"{INSIDE}/Annotations/{i}.xml"] = xml.encode()
+    for i in TRAIN + VAL:
+        files[f"{INSIDE}/SegmentationClass/{i}.png"] = png(LABEL)
+    link = tarfile.TarInfo(f"{INSIDE}/JPEGImages/link.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    return tar(files, odd=[link])
+
+
+def sbd_archive(extra=()):
+    """Like SBD's: lists, photos, and .mat files. One id of VOC's val stands in its train."""
+    folder = "benchmark_RELEASE/dataset"
+    files = {f"{folder}/train.txt": lines_of([SBD_ONLY[0], TRAIN[0], VAL[0], *extra]),
+             f"{folder}/val.txt": lines_of(SBD_ONLY[1:])}
+    try:
+        from scipy.io import savemat
+    except ImportError:
+        return tar(files, "w:gz")
+    truth = {"Segmentation": SBD_LABEL, "CategoriesPresent": np.array([[12], [15]], np.uint8)}
+    for i in SBD_ONLY + [TRAIN[0], VAL[0]]:
+        f = io.BytesIO()
+        savemat(f, {"GTcls": truth})
+        files[f"{folder}/cls/{i}.mat"] = f.getvalue()
+        files[f"{folder}/img/{i}.jpg"] = jpg()
+    return tar(files, "w:gz")
+
+
+@pytest.fixture()
+def voc(server, monkeypatch, tmp_path):
+    """voc(archive of VOC, archive of SBD) puts both on the server -> the folder to be."""
+    sizes = {"train": 2, "val": 2, "trainaug": 5, "test": 1}
+    monkeypatch.setitem(evaluation.PUBLISHED, "VOC2012", sizes)
+
+    def offer(voc_body, sbd_body):
+        server.files = {VOC_TAR: voc_body, SBD_TAR: sbd_body}
+        entry = {**DATASET_YEAR_DICT["2012"], "url": server.url(VOC_TAR), "md5": md5(voc_body)}
+        monkeypatch.setitem(DATASET_YEAR_DICT, "2012", entry)
+        monkeypatch.setattr(SBDataset, "url", server.url(SBD_TAR))
+        monkeypatch.setattr(SBDataset, "md5", md5(sbd_body))
+        return tmp_path / "VOC2012"
+    return offer
+
+
+def hide_scipy(monkeypatch):
+    find = evaluation.importlib.util.find_spec
+
+    def find_all_but_scipy(name):
+        return None if name == "scipy" else find(name)
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", find_all_but_scipy)
+
+
+def test_voc_from_nothing(voc, call):
+    pytest.importorskip("scipy", reason=NEEDS_SCIPY)
+    root = voc(voc_archive(without_xml=[SBD_ONLY[1]]), sbd_archive())
+    said = call("--data", root, "--download")
+    assert "trainaug: 1 ids have no Annotations/<id>.xml" in said
+    assert "archives may be deleted" in said
+    data = find_dataset(str(root))
+    assert data.ids("train") == TRAIN and data.ids("val") == VAL
+    assert data.ids("trainaug") == TRAINAUG  # without the id of val that SBD has
+    assert data.image_labels(TRAINAUG) == dict.fromkeys(TRAINAUG, [12, 15])
+    assert names_in(root / "SegmentationClassAug") == {f"{i}.png" for i in SBD_ONLY}
+    assert np.array_equal(read_label(data.truth_path(SBD_ONLY[0])), SBD_LABEL)
+    assert np.array_equal(read_label(data.truth_path(TRAIN[0])), LABEL)
+    said = call("--data", root, "--check")
+    assert "trainaug 5 images, 5 true masks, 2.00 classes an image" in said
+
+
+def test_nothing_unwanted_is_unpacked_and_nothing_outside(voc, call, tmp_path):
+    root = voc(voc_archive(), sbd_archive())
+    call("--data", root, "--download")
+    assert names_in(tmp_path) == {"VOC2012"}
+    assert not Path("/tmp/JPEGImages/absolute.jpg").exists()
+    photos = TRAIN + VAL + SBD_ONLY + ["2007_9"]
+    assert names_in(root / "JPEGImages") == {f"{i}.jpg" for i in photos}  # no link, no folder
+    assert names_in(root / "ImageSets") == {"Segmentation"}
+    assert not (root / "SegmentationObject").exists()
+
+
+def test_a_second_call_does_nothing_with_or_without_the_archives(voc, server, call):
+    root = voc(voc_archive(), sbd_archive())
+    call("--data", root, "--download")
+    server.asked.clear()
+    before = stamps(root)
+    call("--data", root, "--download")
+    assert stamps(root) == before
+    if "SegmentationClassAug" in names_in(root):  # without scipy masks are waited for
+        shutil.rmtree(root / "archives")
+        call("--data", root, "--download")
+        assert "archives" not in names_in(root)
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("broken", ["checksum", "cut"])
+def test_a_bad_download_is_one_line_and_what_is_whole_is_kept(
+        voc, server, call, broken, monkeypatch):
+    root = voc(voc_archive(), sbd_archive())
+    right = SBDataset.md5
+    if broken == "cut":
+        server.cut = {SBD_TAR}
+    else:
+        monkeypatch.setattr(SBDataset, "md5", "0" * 32)
+    said = call("--data", root, "--download", ok=False)
+    assert "benchmark.tgz: what came has not the md5" in last_line(said)
+    assert names_in(root / "archives") == {VOC_TAR}
+    assert not find_dataset(str(root)).has("trainaug")
+
+    before = stamps(root)
+    server.cut = set()
+    server.asked.clear()
+    monkeypatch.setattr(SBDataset, "md5", right)
+    call("--data", root, "--download")
+    assert set(server.asked) == {SBD_TAR} and before.items() <= stamps(root).items()
+    assert find_dataset(str(root)).ids("trainaug") == TRAINAUG
+
+
+def test_an_address_that_is_gone_is_one_line(voc, server, call):
+    root = voc(voc_archive(), sbd_archive())
+    server.files = {}
+    assert "404" in last_line(call("--data", root, "--download", ok=False))
+    assert names_in(root / "archives") == set()
+
+
 def test_a_full_disk_while_downloading(voc, call, monkeypatch):
     root = voc(voc_archive(), sbd_archive())
     with monkeypatch.context() as m:
         m.setattr(torchvision.datasets.utils, "_urlretrieve", no_space)
-        line = call("--data", root, "--download", ok=False).splitlines()[-1]
-    assert "No space left on device" in line and "VOCtrainval_11-May-2012.tar" in line
+        line = last_line(call("--data", root, "--download", ok=False))
+    assert "No space left on device" in line and VOC_TAR in line
     call("--data", root, "--download")
 
 
 def test_a_full_disk_while_unpacking(voc, server, call, monkeypatch):
-    root, copy, written = voc(voc_archive(), sbd_archive()), shutil.copyfileobj, []
+    root = voc(voc_archive(), sbd_archive())
+    copy, written = shutil.copyfileobj, []
 
-    def fills_up(source, target):
+    def fill_up(source, target):
         written.append(target)
-        copy(source, target) if len(written) < 6 else no_space()
+        if len(written) == 6:
+            no_space()
+        copy(source, target)
     with monkeypatch.context() as m:
-        m.setattr(evaluation.shutil, "copyfileobj", fills_up)
-        line = call("--data", root, "--download", ok=False).splitlines()[-1]
+        m.setattr(evaluation.shutil, "copyfileobj", fill_up)
+        line = last_line(call("--data", root, "--download", ok=False))
     assert "No space left on device" in line and "goes on from here" in line
     before = stamps(root)
-    assert len(before) == 6 and not any(name.endswith(".part") for name in before)  # five files and the archive
+    assert len(before) == 6  # five whole files and the archive
     server.asked.clear()
     call("--data", root, "--download")
-    assert set(server.asked) == {"benchmark.tgz"} and before.items() <= stamps(root).items()
+    assert set(server.asked) == {SBD_TAR} and before.items() <= stamps(root).items()
 
 
 def test_masks_wait_for_scipy_and_nothing_else_does(voc, server, call, monkeypatch):
-    pytest.importorskip("scipy", reason="scipy is not installed: SBD's .mat files cannot be made nor read")
+    pytest.importorskip("scipy", reason=NEEDS_SCIPY)
     root = voc(voc_archive(), sbd_archive())
     with monkeypatch.context() as m:
-        without_scipy(m)
+        hide_scipy(m)
         said = call("--data", root, "--download")
     assert "0 labels and 3 true masks" in said and "pip install scipy" in said
     assert "trainaug true masks 2 of 5 not needed to run" in call("--data", root, "--check")
     server.asked.clear()
     call("--data", root, "--download")
-    assert len(list((root / "SegmentationClassAug").iterdir())) == 3 and server.asked == []
+    assert len(names_in(root / "SegmentationClassAug")) == 3 and server.asked == []
 
 
 def test_labels_that_only_sbd_has_are_needed(voc, call, monkeypatch):
     root = voc(voc_archive(without_xml=SBD_ONLY), sbd_archive())
-    without_scipy(monkeypatch)
+    hide_scipy(monkeypatch)
     said = call("--data", root, "--download", ok=False)
-    assert "3 labels and 3 true masks" in said and "trainaug: 2 of 5 image labels" in said.splitlines()[-1]
+    assert "3 labels and 3 true masks" in said
+    assert "trainaug: 2 of 5 image labels" in last_line(said)
 
 
 def test_the_test_list_comes_with_an_archive_that_was_put_there(voc, call):
     root = voc(voc_archive(), sbd_archive())
     said = call("--data", root, "--download")
     assert "asks for a login" in said and "test ids 0 of 1 not needed to run" in said
-    inside = "VOCdevkit/VOC2012"
-    body = tar({f"{inside}/ImageSets/Segmentation/test.txt": b"2009_1\n", f"{inside}/JPEGImages/2009_1.jpg": jpg()})
-    (root / "archives" / "VOC2012test.tar").write_bytes(body[:body.index(b"\xff\xd8") + 100])
+    body = tar({f"{INSIDE}/ImageSets/Segmentation/test.txt": lines_of(TEST),
+                f"{INSIDE}/JPEGImages/{TEST[0]}.jpg": jpg()})
+    (root / "archives" / TEST_TAR).write_bytes(body[:body.index(b"\xff\xd8") + 100])
     assert "an archive is broken" in call("--data", root, "--download", ok=False)
-    (root / "archives" / "VOC2012test.tar").write_bytes(body)
+    (root / "archives" / TEST_TAR).write_bytes(body)
     assert "login" not in call("--data", root, "--download")
     assert find_dataset(str(root)).ids("test") == TEST
 
 
 def test_counts_and_archives_that_do_not_fit_are_refused(voc, call):
     root = voc(voc_archive(), sbd_archive(extra=["2008_9"]))
-    assert "trainaug comes to 6 ids and not 5" in call("--data", root, "--download", ok=False)
-    (root / "archives" / "benchmark.tgz").write_bytes(b"another")
-    line = call("--data", root, "--download", ok=False).splitlines()[-1]
-    assert "archives/benchmark.tgz: its md5 is not" in line and (root / "archives" / "benchmark.tgz").read_bytes() == b"another"
+    said = call("--data", root, "--download", ok=False)
+    assert "trainaug comes to 6 ids and not 5" in said
+    theirs = root / "archives" / SBD_TAR
+    theirs.write_bytes(b"another")
+    said = call("--data", root, "--download", ok=False)
+    assert "archives/benchmark.tgz: its md5 is not" in last_line(said)
+    assert theirs.read_bytes() == b"another"  # not ours to delete
 
 
 def test_where_a_download_lands(monkeypatch, tmp_path, call):
@@ -320,21 +385,24 @@ def test_where_a_download_lands(monkeypatch, tmp_path, call):
     assert evaluation.folder_to_fill("big/disk/VOC2012") == Path("big/disk/VOC2012")
     (tmp_path / "VOC2012").mkdir()
     assert evaluation.folder_to_fill("VOC2012") == Path("VOC2012")
-    assert "only VOC2012 and COCO2014 can be downloaded" in call("--data", "holiday", "--download", ok=False)
+    said = call("--data", "holiday", "--download", ok=False)
+    assert "only VOC2012 and COCO2014 can be downloaded" in said
     assert "only COCO2014 is prepared" in call("--data", "VOC2012", "--prepare", ok=False)
-    assert "COCO2014 by --download --prepare" in call("--data", "COCO2014", "--check", ok=False)
+    said = call("--data", "COCO2014", "--check", ok=False)
+    assert "COCO2014 by --download --prepare" in said
 
 
 def test_check_names_what_differs_from_the_published_numbers(dataset, tmp_path, call):
-    draw_dataset(tmp_path / "VOC2012")
-    said = call("--data", tmp_path / "VOC2012", "--check", ok=False)
-    assert "train ids 6 of 1,464 missing" in said and "test ids" in said
-    assert "classes.txt: not VOC2012's 21 names" in said
-    (tmp_path / "VOC2012" / "classes.txt").unlink()
-    said = call("--data", tmp_path / "VOC2012", "--check", ok=False)
-    assert "9 counts are not VOC2012's, first train: 6 of 1,464 ids" in said.splitlines()[-1]
-    assert "benchmark.tgz: python eval.py --data" in said and "VOCtrainval_11-May-2012.tar: python" in said
-    assert "missing" not in call("--data", dataset, "--check")  # another name says what it found
+    root = draw_dataset(tmp_path / "VOC2012")
+    said = call("--data", root, "--check", ok=False)
+    assert "train ids 6 of 1,464 missing" in said and "test ids 0 of 1,456" in said
+    assert "classes.txt: not VOC2012's 21 names" in last_line(said)
+    (root / "classes.txt").unlink()
+    said = call("--data", root, "--check", ok=False)
+    assert "9 counts are not VOC2012's, first train: 6 of 1,464 ids" in last_line(said)
+    assert f"{SBD_TAR}: python eval.py --data" in said
+    assert f"{VOC_TAR}: python eval.py --data" in said
+    assert "missing" not in call("--data", dataset, "--check")  # another name: what is there
 
 
 def test_the_server_archive_wants_all_of_test(tmp_path, call):
@@ -346,19 +414,33 @@ def test_the_server_archive_wants_all_of_test(tmp_path, call):
     assert "2 ids; the server wants all 1,456 of VOC2012's test" in said
 
 
-# ============================================================================================================= COCO 2014
+def test_archives_have_the_names_that_messages_give_them():
+    names = [url.rpartition("/")[2] for url in evaluation.COCO_ARCHIVES]
+    assert set(names) == set(evaluation.COCO_WANTED)
+    assert DATASET_YEAR_DICT["2012"]["url"].endswith("/" + evaluation.VOC_ARCHIVE)
+    assert SBDataset.url.endswith("/" + evaluation.SBD_ARCHIVE)
+
+
+# ================================================================================================
+# COCO 2014
+# ================================================================================================
 
 def test_categories_are_cocos():
     """The 80 ids as COCO's own list has them, written down a second time."""
     gaps = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
     assert COCO_IDS == [i for i in range(91) if i not in gaps] and len(COCO_CLASSES) == 81
-    known = {1: "person", 11: "fire hydrant", 13: "stop sign", 27: "backpack", 44: "bottle", 62: "chair", 72: "tv", 90: "toothbrush"}
-    assert all(COCO_CLASSES[CLASS_OF_COCO_ID[i]] == name for i, name in known.items())
-    assert all(CLASS_OF_COCO_ID[i] == IGNORE for i in gaps | {91, 254, 255}) and CLASS_OF_COCO_ID[0] == 0
+    known = {1: "person", 11: "fire hydrant", 13: "stop sign", 27: "backpack", 44: "bottle",
+             62: "chair", 72: "tv", 90: "toothbrush"}
+    for number, name in known.items():
+        assert COCO_CLASSES[CLASS_OF_COCO_ID[number]] == name
+    assert CLASS_OF_COCO_ID[0] == 0
+    assert (CLASS_OF_COCO_ID[[*gaps, 91, 254, 255]] == IGNORE).all()
 
 
-CROWD = np.zeros((40, 60), np.uint8)
-CROWD[3:9, 4:30], CROWD[20:30, 40:] = 1, 1
+H, W = 40, 60
+CROWD = np.zeros((H, W), np.uint8)
+CROWD[3:9, 4:30] = 1
+CROWD[20:30, 40:] = 1
 
 
 def runs(mask):
@@ -369,14 +451,14 @@ def runs(mask):
             counts.append(0)
             value = pixel
         counts[-1] += 1
-    return {"size": list(mask.shape), "counts": counts}
+    return counts
 
 
 def compress(counts):
     """Run lengths -> COCO's compressed string."""
     text = ""
-    for i, c in enumerate(counts):
-        value, more = c - counts[i - 2] if i > 2 else c, True
+    for i, count in enumerate(counts):
+        value, more = count - counts[i - 2] if i > 2 else count, True
         while more:
             bits, value = value & 31, value >> 5
             more = value != (-1 if bits & 16 else 0)
@@ -384,32 +466,47 @@ def compress(counts):
     return text
 
 
-PLACES = [  # photo, category, segmentation: in the order of the file, which is not the photos' order
-    (0, 18, [[5, 5, 30.5, 6.2, 28.1, 30.7, 4.4, 25]]), (1, 1, [[10, 10, 50, 10, 50, 30, 10, 30]]),
-    (0, 1, [[20, 10, 55, 12, 50, 38, 22, 35]]),                                            # overlaps the first
-    (2, 90, [[1, 1, 12, 2, 8, 14], [30.2, 20, 45, 22.9, 41, 35.5, 29, 33]]),               # two parts
-    (1, 13, [[30, 20, 30.2, 20, 30.2, 20.2, 30, 20.2]]), (2, 44, [[50, 30, 51.4, 30, 51.4, 31.6, 50, 31.6]]),  # tiny
-    (3, 1, runs(CROWD)), (3, 62, [[2, 2, 20, 2, 20, 20, 2, 20]]),                           # crowd first, and it wins
-    (4, 1, {"size": [40, 60], "counts": compress(runs(CROWD)["counts"])}),                  # the other form
-    (5, 72, [[-8, -3, 70, 10, 30, 55]]), (1, 90, [[40, 5, 52.5, 5, 52.5, 14.2, 40, 14.2]]),  # over the rim
-    (0, 72, [[10, 30, 40, 10, 40, 30, 10, 10]])]                                            # crosses itself
+OBJECTS = [  # (photo, category, segmentation) in the order of the file, which is not the photos'
+    (0, 18, [[5, 5, 30.5, 6.2, 28.1, 30.7, 4.4, 25]]),
+    (1, 1, [[10, 10, 50, 10, 50, 30, 10, 30]]),
+    (0, 1, [[20, 10, 55, 12, 50, 38, 22, 35]]),                    # overlaps the first
+    (2, 90, [[1, 1, 12, 2, 8, 14],
+             [30.2, 20, 45, 22.9, 41, 35.5, 29, 33]]),             # two parts
+    (1, 13, [[30, 20, 30.2, 20, 30.2, 20.2, 30, 20.2]]),           # less than a pixel
+    (2, 44, [[50, 30, 51.4, 30, 51.4, 31.6, 50, 31.6]]),           # a few pixels
+    (3, 1, {"size": [H, W], "counts": runs(CROWD)}),               # a crowd that comes first
+    (3, 62, [[2, 2, 20, 2, 20, 20, 2, 20]]),
+    (4, 1, {"size": [H, W], "counts": compress(runs(CROWD))}),     # the other form
+    (5, 72, [[-8, -3, 70, 10, 30, 55]]),                           # over the rim
+    (1, 90, [[40, 5, 52.5, 5, 52.5, 14.2, 40, 14.2]]),
+    (0, 72, [[10, 30, 40, 10, 40, 30, 10, 10]])]                   # crosses itself
+TRIANGLE = [[5, 5, 30, 5, 20, 30]]
 
 
-def instances(split, places, photos, H=40, W=60):
+def instances(split, objects, photos):
     """A file like instances_train2014.json; the last two photos have no objects."""
-    images = [{"license": 5, "file_name": f"COCO_{split}2014_{n:012d}.jpg", "height": H, "width": W, "id": 100 + n,
-               "flickr_url": 'http://"quoted", {odd}'} for n in range(photos)]
-    annotations = [{"segmentation": s, "area": 7.5, "iscrowd": int(isinstance(s, dict)), "image_id": 100 + n, "category_id": c,
-                    "bbox": [1.5, 2, 3, 4], "id": k} for k, (n, c, s) in enumerate(places)]
-    categories = [{"supercategory": "x", "id": i, "name": evaluation.COCO_SLOTS[i]} for i in COCO_IDS[1:]]
-    return json.dumps({"info": {"year": 2014, "nested": [1, {"a": []}]}, "images": images, "licenses": [{"id": 1}],
-                       "annotations": annotations, "categories": categories})
+    images, annotations = [], []
+    for n in range(photos):
+        images.append({"license": 5, "file_name": f"COCO_{split}2014_{n:012d}.jpg", "height": H,
+                       "width": W, "id": 100 + n, "flickr_url": 'http://"quoted", {odd}'})
+    for number, (n, category, segmentation) in enumerate(objects):
+        annotations.append({"segmentation": segmentation, "area": 7.5,
+                            "iscrowd": int(isinstance(segmentation, dict)), "image_id": 100 + n,
+                            "category_id": category, "bbox": [1.5, 2, 3, 4], "id": number})
+    categories = [{"supercategory": "x", "id": i, "name": COCO_SLOTS[i]} for i in COCO_IDS[1:]]
+    value = {"info": {"year": 2014, "nested": [1, {"a": []}]}, "images": images,
+             "licenses": [{"id": 1}], "annotations": annotations, "categories": categories}
+    return json.dumps(value).encode()
 
 
-COCO_FILES = {"annotations/instances_train2014.json": instances("train", PLACES, 8).encode(),
-              "annotations/instances_val2014.json": instances("val", [(0, 3, [[5, 5, 30, 5, 20, 30]])], 3).encode(),
-              **{f"train2014/COCO_train2014_{n:012d}.jpg": jpg(40, 60) for n in range(8)},
-              **{f"val2014/COCO_val2014_{n:012d}.jpg": jpg(40, 60) for n in range(3)}}
+TRAIN_JSON, VAL_JSON = (f"annotations/instances_{split}2014.json" for split in ("train", "val"))
+COCO_FILES = {TRAIN_JSON: instances("train", OBJECTS, 8),
+              VAL_JSON: instances("val", [(0, 3, TRIANGLE)], 3)}
+for split, n in (("train", 8), ("val", 3)):
+    for k in range(n):
+        COCO_FILES[f"{split}2014/COCO_{split}2014_{k:012d}.jpg"] = jpg(H, W)
+COCO_TRAIN = [f"COCO_train2014_{k:012d}" for k in range(6)]
+COCO_VAL = ["COCO_val2014_000000000000"]
 
 
 @pytest.fixture()
@@ -423,89 +520,103 @@ def coco(tmp_path, monkeypatch):
     return tmp_path / "COCO2014"
 
 
-def ids_of(split, n):
-    return [f"COCO_{split}2014_{i:012d}" for i in range(n)]
-
-
-def test_coco_is_prepared_once(coco, call, tmp_path):
+def test_coco_is_prepared_once(coco, call):
     call("--data", coco, "--prepare")
     data = find_dataset(str(coco))
-    assert data.classes == COCO_CLASSES and (data.ids("train"), data.ids("val")) == (ids_of("train", 6), ids_of("val", 1))
+    assert data.classes == COCO_CLASSES
+    assert data.ids("train") == COCO_TRAIN and data.ids("val") == COCO_VAL
     labels = read_image_labels(coco / "image_labels.txt")
-    assert labels[ids_of("train", 1)[0]] == ["person", "dog", "tv"] and labels[ids_of("train", 5)[4]] == ["person"]
-    assert data.image_labels(ids_of("train", 3)[2:]) == {ids_of("train", 3)[2]: [40, 80]}  # bottle, toothbrush
-    assert len(labels) == 7 and len(list((coco / "SegmentationClass").iterdir())) == 7
+    assert labels.keys() == {*COCO_TRAIN, *COCO_VAL}
+    assert labels[COCO_TRAIN[0]] == ["person", "dog", "tv"]
+    assert labels[COCO_TRAIN[4]] == ["person"]                   # a crowd alone
+    third = COCO_TRAIN[2]
+    assert data.image_labels([third]) == {third: [40, 80]}       # bottle 44, toothbrush 90
+    assert len(names_in(coco / "SegmentationClass")) == 7
     assert "train 6 images, 6 true masks" in call("--data", coco, "--check")
-
-    links = list((coco / "JPEGImages").iterdir())  # photos are not copied, and the folder may be moved
-    assert len(links) == 7 and all(p.is_symlink() for p in links)
     before = stamps(coco)
     assert "prepared" in call("--data", coco, "--prepare")
     assert stamps(coco) == before
+
+
+def test_photos_are_not_copied_and_the_folder_may_be_moved(coco, call, tmp_path):
+    call("--data", coco, "--prepare")
+    links = list((coco / "JPEGImages").iterdir())
+    assert len(links) == 7 and all(path.is_symlink() for path in links)
     coco.rename(tmp_path / "elsewhere")
-    assert find_dataset(str(tmp_path / "elsewhere")).image(ids_of("train", 1)[0]).shape == (40, 60, 3)
+    assert find_dataset(str(tmp_path / "elsewhere")).image(COCO_VAL[0]).shape == (H, W, 3)
+
+
+def test_photos_may_lie_on_a_disk_that_is_read_only(coco, call, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for folder in ("annotations", "train2014", "val2014"):
+        (coco / folder).rename(tmp_path / "disk" / folder)
+        (coco / folder).symlink_to(tmp_path / "disk" / folder)
+    before = stamps(tmp_path / "disk")
+    call("--data", coco, "--prepare")
+    assert find_dataset(str(coco)).image(COCO_VAL[0]).shape == (H, W, 3)
+    assert stamps(tmp_path / "disk") == before
 
 
 def test_preparing_goes_on_where_it_was_cut_off(coco, call, monkeypatch):
     write, made = evaluation.write_label, []
 
-    def cut(path, label):
+    def fill_up(path, label):
         made.append(path)
-        write(path, label) if len(made) <= 3 else no_space()
+        if len(made) > 3:
+            no_space()
+        write(path, label)
     with monkeypatch.context() as m:
-        m.setattr(evaluation, "write_label", cut)
+        m.setattr(evaluation, "write_label", fill_up)
         assert "No space left" in call("--data", coco, "--prepare", ok=False)
     assert not (coco / "ImageSets").exists()  # nothing that looks finished
-    before = {k: v for k, v in stamps(coco).items() if "SegmentationClass" in k}
+    before = stamps(coco)
+    assert len(names_in(coco / "SegmentationClass")) == 3
     call("--data", coco, "--prepare")
-    assert before and before.items() <= stamps(coco).items() and len(find_dataset(str(coco)).ids("train")) == 6
-
-
-def test_photos_may_lie_on_a_disk_that_is_read_only(coco, call, tmp_path):
-    for folder in ("annotations", "train2014", "val2014"):
-        (tmp_path / "disk").mkdir(exist_ok=True)
-        (coco / folder).rename(tmp_path / "disk" / folder)
-        (coco / folder).symlink_to(tmp_path / "disk" / folder)
-    before = stamps(tmp_path / "disk")
-    call("--data", coco, "--prepare")
-    assert find_dataset(str(coco)).image(ids_of("val", 1)[0]).shape == (40, 60, 3) and stamps(tmp_path / "disk") == before
+    assert before.items() <= stamps(coco).items()
+    assert len(names_in(coco / "SegmentationClass")) == 7
 
 
 def pycoco():
-    return pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed: nothing to compare masks with")
+    return pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed: there is "
+                               "nothing to compare COCO's masks with")
 
 
-def theirs(tool, segmentation, H, W):
+def pixels_of(tool, segmentation, H, W):
     """An object's pixels (H, W) as pycocotools has them (COCO.annToMask)."""
     if isinstance(segmentation, list):
-        rle = tool.merge(tool.frPyObjects(segmentation, H, W))
-    elif isinstance(segmentation["counts"], list):
-        rle = tool.frPyObjects(segmentation, H, W)
-    else:
-        rle = segmentation
-    return tool.decode(rle) > 0
+        return tool.decode(tool.merge(tool.frPyObjects(segmentation, H, W))) > 0
+    if isinstance(segmentation["counts"], list):
+        return tool.decode(tool.frPyObjects(segmentation, H, W)) > 0
+    return tool.decode(segmentation) > 0
 
 
 def test_masks_are_pycocotools(coco, call):
     tool = pycoco()
     call("--data", coco, "--prepare")
-    for n, image_id in enumerate(ids_of("train", 6)):
-        expected = np.zeros((40, 60), np.uint8)
-        for _, category, segmentation in [p for p in PLACES if p[0] == n]:
-            expected[theirs(tool, segmentation, 40, 60) & (expected == 0)] = CLASS_OF_COCO_ID[category]
-        assert np.array_equal(read_label(coco / "SegmentationClass" / f"{image_id}.png"), expected), n
+    for n, image_id in enumerate(COCO_TRAIN):
+        expected = np.zeros((H, W), np.uint8)
+        for photo, category, segmentation in OBJECTS:
+            if photo == n:
+                free = expected == 0  # the first one wins
+                place = pixels_of(tool, segmentation, H, W)
+                expected[place & free] = CLASS_OF_COCO_ID[category]
+        mask = read_label(coco / "SegmentationClass" / f"{image_id}.png")
+        assert np.array_equal(mask, expected), n
 
 
 def polygons(rng, n):
-    """Polygons of every kind: within and over the rim, on whole and on fifths of pixels, smaller than one, many corners."""
+    """n polygons (k, 2) with the (H, W) of their photo."""
     for k in range(n):
         H, W = map(int, rng.integers(1, 100, 2))
-        count, size = int(rng.integers(3, 15)), np.array([W, H])
-        yield H, W, [rng.uniform(0, 1, (count, 2)) * size, rng.uniform(-0.3, 1.3, (count, 2)) * size,
-                     rng.integers(-2, max(H, W) + 2, (count, 2)).astype(float),
-                     rng.uniform(0, 1, 2) * size + rng.normal(0, 0.5, (count, 2)),
-                     rng.integers(-20, 5 * max(H, W) + 20, (count, 2)) / 5 + rng.choice([0, 0.1, -0.1, 0.05]),
-                     np.round(rng.uniform(0, 1, (8 * count, 2)) * size, 2)][k % 6]
+        many, size = int(rng.integers(3, 15)), np.array([W, H])
+        fifths = rng.integers(-20, 5 * max(H, W) + 20, (many, 2)) / 5
+        yield H, W, [
+            rng.uniform(0, 1, (many, 2)) * size,                              # within
+            rng.uniform(-0.3, 1.3, (many, 2)) * size,                         # over the rim
+            rng.integers(-2, max(H, W) + 2, (many, 2)).astype(float),         # whole pixels
+            fifths + rng.choice([0, 0.1, -0.1, 0.05]),                        # where it rounds
+            rng.uniform(0, 1, 2) * size + rng.normal(0, 0.5, (many, 2)),      # tiny
+            np.round(rng.uniform(0, 1, (8 * many, 2)) * size, 2)][k % 6]      # many corners
 
 
 def test_every_polygon_is_pycocotools_to_the_pixel():
@@ -513,29 +624,33 @@ def test_every_polygon_is_pycocotools_to_the_pixel():
     for H, W, polygon in polygons(np.random.default_rng(0), 3000):
         label = np.zeros((H, W), np.uint8)
         paint(label, [polygon], 1)
-        assert np.array_equal(label > 0, theirs(tool, [polygon.ravel().tolist()], H, W)), (H, W, polygon.tolist())
+        expected = pixels_of(tool, [polygon.ravel().tolist()], H, W)
+        assert np.array_equal(label > 0, expected), (H, W, polygon.tolist())
 
 
 def test_run_lengths_are_pycocotools():
     tool, rng = pycoco(), np.random.default_rng(0)
     for _ in range(300):
-        mask = np.kron(rng.integers(0, 2, rng.integers(1, 9, 2)), np.ones(rng.integers(1, 9, 2))).astype(np.uint8)
+        blocks = rng.integers(0, 2, rng.integers(1, 9, 2))
+        mask = np.kron(blocks, np.ones(rng.integers(1, 9, 2))).astype(np.uint8)
         text = tool.encode(np.asfortranarray(mask))["counts"].decode()
-        assert run_lengths(text) == runs(mask)["counts"] and compress(runs(mask)["counts"]) == text
+        assert run_lengths(text) == runs(mask) and compress(runs(mask)) == text
         label = np.zeros(mask.shape, np.uint8)
         paint(label, read_outline({"size": mask.shape, "counts": text}), 7)
         assert np.array_equal(label, 7 * mask)
 
 
-def test_an_object_smaller_than_a_pixel_leaves_none_and_the_first_wins():
+def test_the_first_object_wins_and_one_smaller_than_a_pixel_leaves_none():
     box = [corners([2, 2, 8, 2, 8, 7, 2, 7])]
-    label = coco_mask(CocoImage("x", 10, 10, [(1, box), (18, [corners([0, 0, 10, 0, 10, 10, 0, 10])]),
-                                              (3, [corners([4.3, 4.3, 4.4, 4.3, 4.4, 4.4])])]))
-    assert (label[2:7, 2:8] == 1).all() and (label == 1).sum() == 30 and (label == 17).sum() == 70  # 18 is dog, our 17
+    photo = [corners([0, 0, 10, 0, 10, 10, 0, 10])]
+    speck = [corners([4.3, 4.3, 4.4, 4.3, 4.4, 4.4])]
+    label = coco_mask(CocoImage("x", 10, 10, [(90, speck), (1, box), (18, photo)]))
+    assert (label[2:7, 2:8] == 1).all() and (label == 1).sum() == 30
+    assert (label == 17).sum() == 70  # category 18 is dog, which is class 17
 
 
 class Drip:
-    """A file that gives a few characters at a time, whatever was asked for."""
+    """A file that gives n characters at a time, whatever is asked for."""
 
     def __init__(self, text, n):
         self.text, self.n = text, n
@@ -545,14 +660,14 @@ class Drip:
         return piece
 
 
-def test_json_is_read_alike_wherever_it_is_cut():
-    value = {"a": [1, 23, -4.5e3, "x\\\"]}", {"b": [[], {}, None, True]}, "\u00e9\u4e2d"], "info": {"c": [1]}, "e": [], "n": 12345}
-    items = [("a", item) for item in value["a"]]
-    for indent in (None, 1):
-        for ascii_only in (True, False):
-            text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
-            for n in range(1, len(text) + 1):
-                assert list(JsonReader(Drip(text, n)).items()) == items
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_json_is_read_alike_wherever_it_is_cut(indent, ascii_only):
+    listed = [1, 23, -4.5e3, "x\\\"]}", {"b": [[], {}, None, True]}, "\u00e9\u4e2d"]
+    value = {"a": listed, "info": {"c": [1]}, "e": [], "n": 12345}
+    text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
+    for n in range(1, len(text) + 1):
+        assert list(JsonReader(Drip(text, n)).items()) == [("a", item) for item in listed]
     for broken in (text[:-1], text[:40], "", "[1]", '{"a": [1 2]}', '{"a" 1}'):
         with pytest.raises(ValueError, match="JSON"):
             list(JsonReader(Drip(broken, 7)).items())
@@ -560,7 +675,8 @@ def test_json_is_read_alike_wherever_it_is_cut():
 
 def test_a_long_file_is_never_in_memory(tmp_path):
     path = tmp_path / "long.json"
-    write_text(path, '{"captions": [' + ", ".join(f'"{k:01000d}"' for k in range(12_000)) + "]}")
+    captions = ", ".join(f'"{k:01000d}"' for k in range(12_000))
+    write_text(path, '{"captions": [' + captions + "]}")
     tracemalloc.start()
     with open(path, encoding="utf-8") as f:
         n = sum(1 for _ in JsonReader(f).items())
@@ -569,76 +685,93 @@ def test_a_long_file_is_never_in_memory(tmp_path):
     assert n == 12_000 and peak < path.stat().st_size / 2
 
 
-def test_bad_annotations_are_one_line(coco, call):
-    path, good = coco / "annotations" / "instances_val2014.json", COCO_FILES["annotations/instances_val2014.json"].decode()
-    for old, new, said in (
-            ('"person"', '"human"', "its 80 categories are not COCO's 80"), ('"image_id": 100', '"image_id": 7', "photo 7, which"),
-            ('"category_id": 3', '"category_id": 12', "category 12, which is none"), ('"image_id"', '"image"', "KeyError('image_id')"),
-            ("[[5, 5, 30, 5, 20, 30]]", "[[5, 5, 30]]", "3 numbers"), ('"categories"', '"categories', "not a whole JSON"),
-            ("[[5, 5, 30, 5, 20, 30]]", '{"size": [40, 60], "counts": [5, 5]}', "run lengths of"),
-            ("[[5, 5, 30, 5, 20, 30]]", '{"size": [60, 40], "counts": [2400]}', "run lengths of")):
-        assert old in good
-        write_text(path, good.replace(old, new))
-        assert said in call("--data", coco, "--prepare", ok=False).splitlines()[-1], said
-    path.unlink()
-    assert "instances_val2014.json: no such file; --download" in call("--data", coco, "--prepare", ok=False)
-    next((coco / "train2014").iterdir()).unlink()
-    assert "of 6 photos missing" in call("--data", coco, "--prepare", ok=False) or len(read_coco(coco / "annotations" / "instances_train2014.json")) == 6
+@pytest.mark.parametrize("old, new, said", [
+    ('"person"', '"human"', "its 80 categories are not COCO's 80"),
+    ('"image_id": 100', '"image_id": 7', "photo 7, which is not listed"),
+    ('"category_id": 3', '"category_id": 12', "category 12, which is none"),
+    ('"image_id"', '"image"', "KeyError('image_id')"),
+    ('"categories"', '"categories', "not a whole JSON file"),
+    (json.dumps(TRIANGLE), "[[5, 5, 30]]", "3 numbers"),
+    (json.dumps(TRIANGLE), '{"size": [40, 60], "counts": [5, 5]}', "run lengths of"),
+    (json.dumps(TRIANGLE), '{"size": [60, 40], "counts": [2400]}', "run lengths of")])
+def test_bad_annotations_are_one_line(coco, call, old, new, said):
+    good = COCO_FILES[VAL_JSON].decode()
+    assert old in good
+    write_text(coco / VAL_JSON, good.replace(old, new))
+    assert said in last_line(call("--data", coco, "--prepare", ok=False))
+
+
+def test_missing_files_are_one_line(coco, call):
+    (coco / VAL_JSON).unlink()
+    line = last_line(call("--data", coco, "--prepare", ok=False))
+    assert "instances_val2014.json: no such file; --download" in line
+    (coco / "train2014" / f"{COCO_TRAIN[3]}.jpg").unlink()
+    line = last_line(call("--data", coco, "--prepare", ok=False))
+    assert f"1 of 6 photos missing, first {COCO_TRAIN[3]}.jpg" in line and "train2014.zip" in line
+
+
+def zipped(folder):
+    """The files of a folder of COCO_FILES as COCO's archive, with two that nobody wants."""
+    f = io.BytesIO()
+    with zipfile.ZipFile(f, "w") as archive:
+        for path, body in COCO_FILES.items():
+            if path.startswith(folder):
+                archive.writestr(path, body)
+        archive.writestr(f"{folder}/captions_train2014.json", b"{}")
+        archive.writestr(f"{folder}/../../x.jpg", b"x")
+    return f.getvalue()
 
 
 def test_coco_is_downloaded_and_prepared_in_one_command(server, monkeypatch, tmp_path, call):
     monkeypatch.setitem(evaluation.PUBLISHED, "COCO2014", {"train": 6, "val": 1})
-    wanted, archives = {}, {}
-    for name, folder, n in (("annotations_trainval2014", "annotations", 2), ("train2014", "train2014", 8), ("val2014", "val2014", 3)):
-        f, files = io.BytesIO(), {k: v for k, v in COCO_FILES.items() if k.startswith(folder)}
-        with zipfile.ZipFile(f, "w") as archive:
-            for path, body in {**files, f"{folder}/captions_train2014.json": b"{}", f"{folder}/../../x.jpg": b"x"}.items():
-                archive.writestr(path, body)
-        server.files[f"{name}.zip"] = f.getvalue()
-        archives[server.url(f"{name}.zip")] = md5(f.getvalue())
-        pattern = "instances_*2014.json" if folder == "annotations" else "*.jpg"
-        wanted[f"{name}.zip"] = f"{folder}/{pattern}", n
-    monkeypatch.setattr(evaluation, "COCO_ARCHIVES", archives)
-    monkeypatch.setattr(evaluation, "COCO_WANTED", wanted)
+    annotations, train, val = evaluation.COCO_WANTED
+    wanted = {name: pattern for name, (pattern, _) in evaluation.COCO_WANTED.items()}
+    server.files = {annotations: zipped("annotations"), train: zipped("train2014"),
+                    val: zipped("val2014")}
+    sums = {server.url(name): md5(body) for name, body in server.files.items()}
+    monkeypatch.setattr(evaluation, "COCO_ARCHIVES", sums)
+    monkeypatch.setattr(evaluation, "COCO_WANTED", {
+        annotations: (wanted[annotations], 2), train: (wanted[train], 8), val: (wanted[val], 3)})
     root = tmp_path / "COCO2014"
-    server.cut = {"val2014.zip"}
-    assert "val2014.zip" in call("--data", root, "--download", "--prepare", ok=False)
-    server.cut, server.asked = set(), []
-    call("--data", root, "--download", "--prepare")
-    assert set(server.asked) == {"val2014.zip"} and [p.name for p in tmp_path.iterdir()] == ["COCO2014"]
-    assert not (root / "annotations" / "captions_train2014.json").exists()
+    given = ["--data", root, "--download", "--prepare"]
+    server.cut = {val}
+    assert val in last_line(call(*given, ok=False))
+    server.cut = set()
+    server.asked.clear()
+    call(*given)
+    assert set(server.asked) == {val} and names_in(tmp_path) == {"COCO2014"}
+    assert names_in(root / "annotations") == {Path(TRAIN_JSON).name, Path(VAL_JSON).name}
     call("--data", root, "--check")
     before = stamps(root)
     server.asked.clear()
-    call("--data", root, "--download", "--prepare")
+    call(*given)
     assert stamps(root) == before and server.asked == []
 
 
-def test_the_real_archives_are_named_consistently():
-    assert {url.rpartition("/")[2] for url in evaluation.COCO_ARCHIVES} == set(evaluation.COCO_WANTED)
-    assert all(len(v) == 32 for v in evaluation.COCO_ARCHIVES.values())
-    assert torchvision.datasets.voc.DATASET_YEAR_DICT["2012"]["url"].endswith("/" + evaluation.VOC_ARCHIVE)
-    assert torchvision.datasets.SBDataset.url.endswith("/" + evaluation.SBD_ARCHIVE)
-
-
-# ============================================================================================================== 91 slots
+# ================================================================================================
+# Masks with COCO's 91 category ids
+# ================================================================================================
 
 def test_masks_of_category_ids_are_scored_and_converted(coco, dataset, call, tmp_path):
     call("--data", coco, "--prepare")
     masks = tmp_path / "theirs"
-    for i in ids_of("train", 6):
-        truth = read_label(coco / "SegmentationClass" / f"{i}.png")
-        write_label(masks / f"{i}.png", np.array(COCO_IDS, np.uint8)[truth])
-    given = ["--data", coco, "--masks", masks, "--split", "train"]
-    assert "6 of 6 100.0 100.0%" in call(*given, "--ids", 91)
-    assert "class number 90, the dataset has 0..80" in call(*given, ok=False)  # not mistaken in silence
-    call(*given, "--ids", 91, "--prepare")
-    assert "6 of 6 100.0 100.0%" in call("--data", coco, "--masks", tmp_path / "theirs_81", "--split", "train")
-
-    first = ids_of("train", 1)[0]
-    write_label(masks / f"{first}.png", np.full((40, 60), 12, np.uint8))  # an id that COCO never used: all missed
-    write_label(masks / f"{ids_of('train', 2)[1]}.png", np.full((40, 60), IGNORE, np.uint8))
-    row = evaluation.score_folder(find_dataset(str(coco)), masks, "train", coco_ids=True)
-    assert row["n"] == 6 and row["iou"][COCO_CLASSES.index("dog")] == 0
-    assert "has not COCO's 81 classes" in call("--data", dataset, "--masks", masks, "--ids", 91, ok=False)
+    for image_id in COCO_TRAIN:
+        truth = read_label(coco / "SegmentationClass" / f"{image_id}.png")
+        write_label(masks / f"{image_id}.png", np.array(COCO_IDS)[truth])
+    given = ["--data", coco, "--split", "train", "--masks"]
+    assert "6 of 6 100.0 100.0%" in call(*given, masks, "--ids", 91)
+    said = call(*given, masks, ok=False)  # 90 is no class number
+    assert "class number 90, the dataset has 0..80" in said
+    call(*given, masks, "--ids", 91, "--prepare")
+    assert "6 of 6 100.0 100.0%" in call(*given, tmp_path / "theirs_81")
+    said = call("--data", dataset, "--masks", masks, "--ids", 91, ok=False)
+    assert "has not COCO's 81 classes" in said
     assert "name that folder" in call("--data", coco, "--ids", 91, ok=False)
+
+
+def test_an_id_that_coco_never_used_is_a_miss(coco, call, tmp_path):
+    call("--data", coco, "--prepare")
+    write_label(tmp_path / "theirs" / f"{COCO_TRAIN[0]}.png", np.full((H, W), 12))
+    row = score_folder(find_dataset(str(coco)), tmp_path / "theirs", "train", coco_ids=True)
+    assert row["n"] == 1 and row["iou"][COCO_CLASSES.index("dog")] == 0
+    assert row["false_negatives"][COCO_CLASSES.index("dog")] == 100
