@@ -916,7 +916,7 @@ def check_references(path: Path, objects: dict, images: dict):
 def read_outline(segmentation):
     """An object's place as the JSON has it -> Runs, or polygons: a list of (n, 2) float64, x y.
 
-    A polygon of less than three corners is a ValueError.
+    A polygon with half a corner is a ValueError.
     """
     # Arrays, because nearly all of the file is these numbers: an array holds one in 8 bytes,
     # Python's lists in 32.
@@ -929,10 +929,13 @@ def read_outline(segmentation):
 
 
 def corners(numbers: list[float]) -> np.ndarray:
-    """x, y, x, y, ... of a polygon -> (n, 2) float64. Raises ValueError below three corners."""
-    if len(numbers) < 6 or len(numbers) % 2:
-        raise ValueError(f"a polygon of {len(numbers)} numbers; x and y of three corners or more "
-                         "are expected")
+    """x, y, x, y, ... of a polygon -> (n, 2) float64. Raises ValueError for half a corner.
+
+    One or two corners are taken as well: they hold no pixel.
+    """
+    if len(numbers) % 2:
+        raise ValueError(f"a polygon of {len(numbers)} numbers; x and y of every corner are "
+                         "expected")
     return np.array(numbers, np.float64).reshape(-1, 2)
 
 
@@ -1938,6 +1941,7 @@ def parse_args(argv=None):
 
 
 def main():
+    """What the options ask for; without any, everything in runs/<dataset> is scored and shown."""
     args = parse_args()
     if args.ids and not args.masks:
         raise ValueError("--ids 91 says what numbers --masks DIR holds; name that folder")

@@ -628,6 +628,18 @@ def test_every_polygon_is_pycocotools_to_the_pixel():
         assert np.array_equal(label > 0, expected), (H, W, polygon.tolist())
 
 
+def test_parts_of_one_or_two_corners_hold_nothing_as_with_pycocotools():
+    tool, rng = pycoco(), np.random.default_rng(0)
+    for k in range(200):
+        scrap = rng.uniform(-3, 43, 2 + 2 * (k % 2)).tolist()
+        label = np.zeros((H, W), np.uint8)
+        paint(label, read_outline([*TRIANGLE, scrap]), 1)
+        assert np.array_equal(label > 0, pixels_of(tool, [*TRIANGLE, scrap], H, W)), scrap
+        label[:] = 0
+        paint(label, read_outline([scrap, []]), 1)
+        assert not label.any(), scrap
+
+
 def test_run_lengths_are_pycocotools():
     tool, rng = pycoco(), np.random.default_rng(0)
     for _ in range(300):
