@@ -52,6 +52,7 @@ FETCH_AGAIN = "copy or fetch it again"
 # (offset, first bytes in small letters, what that is, what to do): what people and their tools put
 # where weights should be
 OTHER_FILES = (
+    (8, b'{"', "a safetensors file", "write torch.save(safetensors.torch.load_file(OLD), NEW)"),
     (0, b"<", "a web page", "the download was refused or asked something; fetch the file itself"),
     (0, b"version https://git-lfs", "a Git LFS pointer", "`git lfs pull` fetches what is meant"),
     (0, b"\x1f\x8b", "a gzip archive", "unpack it"),
@@ -61,7 +62,6 @@ OTHER_FILES = (
     (0, b"rar!", "a rar archive", "unpack it"),
     (257, b"ustar", "a tar archive", "unpack it"),
     (0, b"\x89hdf", "an HDF5 file", "convert it with torch.save"),
-    (8, b'{"', "a safetensors file", "write torch.save(safetensors.torch.load_file(OLD), NEW)"),
     (0, b"{", "a JSON text", "the download was refused; fetch the file itself"),
     (0, b"\x89png", "a picture", "name the right file"),
     (0, b"\xff\xd8\xff", "a picture", "name the right file"),
