@@ -213,8 +213,8 @@ def write_seeds(make, data, ids, labels, machine, folder):
 def resnet(arch: str, weights: str, dilations: tuple[int | None, int | None]) -> nn.Module:
     """A torchvision ResNet whose layer3 and layer4 may keep their resolution.
 
-    weights: "imagenet" (downloaded by torchvision, its hash checked), "none", or a file with a
-    state dict. dilations (layer3, layer4): None keeps stride 2; d sets stride 1 and dilates the 3x3
+    weights: "imagenet" (torchvision's, downloaded once, its hash checked), "none", or a file with a
+    state dict, with or without `fc`: the layer that names ImageNet's classes is never used. dilations (layer3, layer4): None keeps stride 2; d sets stride 1 and dilates the 3x3
     convolutions by d. Raises ValueError where the file does not fit.
 
     A ResNet made for classification ends at 1/32 of the image's size, too coarse for a map. Without
@@ -224,15 +224,29 @@ def resnet(arch: str, weights: str, dilations: tuple[int | None, int | None]) ->
     """
     net = getattr(torchvision.models, arch)()
     if weights == "imagenet":
-        kind = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
-        state = kind.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        net.load_state_dict(state)
-    elif weights != "none":
-        load_trained(net, clip.read_state_dict(weights))
+        weights = imagenet_file(arch)
+    if weights != "none":
+        state = clip.read_state_dict(weights)
+        backbone = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        try:
+            load_trained(net, backbone, frozen=("fc.",))
+        except ValueError as error:
+            raise ValueError(f"--weights {weights}: not the weights of a {arch} ({error})") from None
     for layer, dilation in zip((net.layer3, net.layer4), dilations):
         if dilation is not None:
             dilate(layer, dilation)
     return net
+
+
+def imagenet_file(arch: str) -> Path:
+    """Where torchvision's ImageNet weights lie in torch's cache (TORCH_HOME), fetched if need be.
+
+    The last part of their name is the beginning of their sha256; `clip.cached_file` compares it and
+    says what to do without a network or with a file that was cut. Raises ValueError or OSError.
+    """
+    url = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
+    digest = Path(url).stem.rsplit("-", 1)[1]
+    return clip.cached_file(url, digest, Path(torch.hub.get_dir()) / "checkpoints")
 
 
 def dilate(layer, dilation):
@@ -1131,17 +1145,15 @@ def save_checkpoint(path, model, optimizer, step, facts, frozen):
 
 
 def read_checkpoint(path: Path) -> dict:
-    """A checkpoint's plain tensors, numbers and strings; pickled objects are refused, never built.
+    """What `save_checkpoint` wrote: plain tensors, numbers and strings, checked as they are read.
 
-    Raises ValueError (one line).
+    Pickled objects are refused, never built. Raises ValueError (one line) for any other file.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # a damaged file can fail in any way
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise ValueError(f"{path}: not a readable checkpoint ({reason})") from None
+    mend = "if a run left it so, delete it: that run then starts afresh"
+    saved = clip.read_tensors(path, "checkpoint", mend)
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: not a readable checkpoint (it holds no dict); {mend}")
+    return saved
 
 
 def load_trained(model, state: dict, frozen=()):
@@ -1156,8 +1168,14 @@ def load_trained(model, state: dict, frozen=()):
         raise ValueError(f"checkpoint does not fit: {reason}") from None
     missing = [name for name in missing if not name.startswith(frozen)]
     if missing or extra:
-        raise ValueError(f"checkpoint does not fit: missing {missing or 'nothing'}, "
-                         f"unexpected {extra or 'nothing'}")
+        raise ValueError(f"checkpoint does not fit: missing {first_names(missing)}, "
+                         f"unexpected {first_names(extra)}")
+
+
+def first_names(names: list[str], n: int = 3) -> str:
+    """The first n of a list of names, as a message can bear them, and how many more there are."""
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return f"{names[:n]}{more}" if names else "nothing"
 
 
 def resume(path, model, optimizer, facts, frozen) -> int:
@@ -1350,15 +1368,13 @@ def load_clip(name: str, seed: int, machine) -> tuple[clip.CLIP, str]:
             print("--clip random: an untrained ViT-B/16, for tests and timings: it knows nothing")
         torch.manual_seed(seed)
         return clip.CLIP(), f"random, seed {seed}"
-    if name in clip.MODELS and not name.endswith("/16"):
-        raise ValueError(f"--clip {name}: the pyramid adapter is made for patch 16, so ViT-B/16")
     # The first process downloads, the others wait and then find the file.
     if not machine.main:
         machine.wait()
     path = clip.locate(name)
     if machine.main:
         machine.wait()
-    model = clip.CLIP.from_state_dict(clip.read_state_dict(path))
+    model = clip.load(path)
     patch = model.visual.conv1.kernel_size
     if patch != (16, 16):
         raise ValueError(f"--clip {name}: patch size {patch[0]}; "

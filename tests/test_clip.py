@@ -440,7 +440,7 @@ def hostile_files(folder):
     (folder / "legacy").write_bytes(sound[:at] + b"\x8a\x06" + b"\xff" * 5 + b"\x00" + sound[at + 2:])
     overlapping_records(folder / "records")
     narrow = {k: v[:, :0] if k == "visual.conv1.weight" else v for k, v in small_clip().state_dict().items()}
-    narrow["visual.conv1.weight"] = torch.zeros(50_000, 1, 1, 16)
+    narrow["visual.conv1.weight"] = torch.zeros(64_000, 1, 1, 16)
     torch.save(narrow, folder / "wide")
 
 
