@@ -214,7 +214,8 @@ def resnet(arch: str, weights: str, dilations: tuple[int | None, int | None]) ->
     """A torchvision ResNet whose layer3 and layer4 may keep their resolution.
 
     weights: "imagenet" (torchvision's, downloaded once, its hash checked), "none", or a file with a
-    state dict, with or without `fc`: the layer that names ImageNet's classes is never used. dilations (layer3, layer4): None keeps stride 2; d sets stride 1 and dilates the 3x3
+    state dict, with or without `fc`: the layer that names ImageNet's classes is never used.
+    dilations (layer3, layer4): None keeps stride 2; d sets stride 1 and dilates the 3x3
     convolutions by d. Raises ValueError where the file does not fit.
 
     A ResNet made for classification ends at 1/32 of the image's size, too coarse for a map. Without
@@ -231,7 +232,8 @@ def resnet(arch: str, weights: str, dilations: tuple[int | None, int | None]) ->
         try:
             load_trained(net, backbone, frozen=("fc.",))
         except ValueError as error:
-            raise ValueError(f"--weights {weights}: not the weights of a {arch} ({error})") from None
+            reason = f"not the weights of a {arch} ({error})"
+            raise ValueError(f"--weights {weights}: {reason}") from None
     for layer, dilation in zip((net.layer3, net.layer4), dilations):
         if dilation is not None:
             dilate(layer, dilation)

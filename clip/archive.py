@@ -74,8 +74,6 @@ def other_file(head: bytes) -> tuple[str, str] | None:
 
     head: its first bytes, at least 300 where it has them.
     """
-    if not head:
-        return "empty", FETCH_AGAIN
     head = head.removeprefix(b"\xef\xbb\xbf").lower()
     for offset, magic, kind, mend in OTHER_FILES:
         text = head.lstrip() if magic == b"<" else head  # web pages may begin with white space
@@ -531,6 +529,8 @@ def read_value(path, what, mend, modules=False, tolerant=False):
         raise ValueError(f"{path}: no such file")
     with SmallReads(path) as f:
         head = f.read(512)
+        if not head:
+            raise ValueError(f"{path}: empty, not a {what}; {mend}")
         other = other_file(head)
         if other:
             raise ValueError(f"{path}: {other[0]}, not a {what}; {other[1]}")

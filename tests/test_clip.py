@@ -4,7 +4,6 @@ import http.server
 import os
 import pickle
 import random
-import socket
 import struct
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import torch
 from torch import nn
 
 import clip
+import stage1_cam as stage1
+import torchvision
 from clip import tokenizer
 from clip.archive import Module, TensorUnpickler, flatten_modules
 from conftest import ROOT, tiny_clip
@@ -27,19 +28,21 @@ from conftest import ROOT, tiny_clip
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-# ========================================================================================== tokenizer
+# ======================================================================================== tokenizer
 
 def test_special_tokens_and_context():
     tokens = clip.tokenize(["a cat", "<|endoftext|> and more"], 8)
-    assert tokens.dtype == torch.int64 and tokens[0].tolist() == [49406, 320, 2368, 49407, 0, 0, 0, 0]
+    assert tokens.dtype == torch.int64
+    assert tokens[0].tolist() == [49406, 320, 2368, 49407, 0, 0, 0, 0]
     assert tokens[1, 1] == 49407  # stays one token
+    long = "one two three four five six seven eight nine ten"
     with pytest.raises(ValueError, match="12 tokens"):
-        clip.tokenize("one two three four five six seven eight nine ten", 8)
-    assert clip.tokenize("one two three four five six seven eight nine ten", 8, truncate=True)[0, -1] == 49407
+        clip.tokenize(long, 8)
+    assert clip.tokenize(long, 8, truncate=True)[0, -1] == 49407
 
 
 def test_tokens_equal_open_clips():
-    open_clip = pytest.importorskip("open_clip", reason="pip install open-clip-torch to compare tokenizers")
+    open_clip = pytest.importorskip("open_clip", reason="pip install open-clip-torch to compare")
     texts = ["A photo of a cat.", "naïve café", "don't", "東京 2020", "x" * 60,
              "a\tb\n c &amp;amp; d", "🐱🐱 cats!!!", ""]
     assert torch.equal(clip.tokenize(texts), open_clip.SimpleTokenizer()(texts))
@@ -69,7 +72,7 @@ def test_nothing_is_built_at_import_and_the_vocabulary_is_checked(tmp_path, monk
     tokenizer.vocabulary.cache_clear()
 
 
-# ============================================================================================ reading
+# ========================================================================================== reading
 
 class Attributes(nn.Module):
     """A module tree with what OpenAI's archives have: halves, scalars, shared storage, nesting."""
@@ -171,8 +174,8 @@ def hostile_pickles():
     yield "deep", b"\x80\x02" + b"(" * 100_000 + b"."
 
 
-@pytest.mark.parametrize("what, data", list(hostile_pickles()), ids=lambda x: x if isinstance(x, str) else "")
-def test_hostile_archives_are_refused(archive, tmp_path, what, data):
+@pytest.mark.parametrize("data", [pytest.param(d, id=what) for what, d in hostile_pickles()])
+def test_hostile_archives_are_refused(archive, tmp_path, data):
     def change(name, old):
         return data if name.endswith("/data.pkl") else old
 
@@ -183,11 +186,13 @@ def test_hostile_archives_are_refused(archive, tmp_path, what, data):
 
 
 def test_short_storages_compressed_records_and_cut_files_are_refused(archive, tmp_path):
-    cases = [rewrite(archive, tmp_path / "a.pt", lambda n, d: d[:-1] if "/data/" in n else d),
-             rewrite(archive, tmp_path / "b.pt", lambda n, d: None if "/data/" in n else d),
-             rewrite(archive, tmp_path / "c.pt", lambda n, d: d, zipfile.ZIP_DEFLATED),
-             rewrite(archive, tmp_path / "d.pt", lambda n, d: None if n.endswith("data.pkl") else d),
-             rewrite(archive, tmp_path / "e.pt", lambda n, d: b"big" if n.endswith("byteorder") else d)]
+    cases = [
+        rewrite(archive, tmp_path / "a.pt", lambda n, d: d[:-1] if "/data/" in n else d),
+        rewrite(archive, tmp_path / "b.pt", lambda n, d: None if "/data/" in n else d),
+        rewrite(archive, tmp_path / "c.pt", lambda n, d: d, zipfile.ZIP_DEFLATED),
+        rewrite(archive, tmp_path / "d.pt", lambda n, d: None if n.endswith("data.pkl") else d),
+        rewrite(archive, tmp_path / "e.pt", lambda n, d: b"big" if n.endswith("byteorder") else d),
+    ]
     cut = tmp_path / "f.pt"
     cut.write_bytes(archive.read_bytes()[:700])
     for path in (*cases, cut):
@@ -196,7 +201,8 @@ def test_short_storages_compressed_records_and_cut_files_are_refused(archive, tm
 
 
 @pytest.mark.parametrize("size, stride, offset", [
-    ((10 ** 9,), (0,), 0), ((4, 4), (4, 1), 1), ((2,), (-1,), 3), ((2, 2), (1,), 0), ((True,), (1,), 0),
+    ((10 ** 9,), (0,), 0), ((4, 4), (4, 1), 1), ((2,), (-1,), 3), ((2, 2), (1,), 0),
+    ((True,), (1,), 0),
     ((1,) * 9, (1,) * 9, 0), ([4], [1], 0), ((2 ** 60,), (1,), 0), ((0, 2 ** 60), (1, 1), 0)])
 def test_tensor_layouts_stay_inside_the_storage(size, stride, offset):
     with pytest.raises(pickle.UnpicklingError):
@@ -224,7 +230,7 @@ def test_plain_state_dict_files(tmp_path):
         clip.read_state_dict(tmp_path / "none.pt")
 
 
-# ============================================================================ damaged and hostile files
+# ======================================================================== damaged and hostile files
 
 def small_clip():
     """The smallest CLIP there is: what is tried hundreds of times is read in a few milliseconds."""
@@ -241,7 +247,8 @@ def training_state():
     model(torch.randn(2, 3, 8, 8)).square().sum().backward()
     optimizer.step()
     facts = {"stage": "1_cam", "classes": ["background", "cat"], "crop": 64, "big": 1 << 70}
-    return {"step": 4, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "facts": facts}
+    return {"step": 4, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "facts": facts}
 
 
 def equal(a, b):
@@ -274,7 +281,8 @@ def test_every_dtype_parameters_and_views_are_read(tmp_path):
               torch.int8, torch.uint8, torch.bool)
     value = {str(dtype): base.to(dtype) for dtype in dtypes}
     value |= {"view": base.view(4, 6)[1:3, ::2].T, "tied": base, "empty": torch.zeros(0, 3),
-              "scalar": torch.tensor(2.0), "size": base.shape, "parameter": nn.Parameter(base.clone())}
+              "scalar": torch.tensor(2.0), "size": base.shape,
+              "parameter": nn.Parameter(base.clone())}
     torch.save(value, tmp_path / "x.pt")
     read = clip.read_tensors(tmp_path / "x.pt")
     assert all(torch.equal(read[k], v) for k, v in value.items() if isinstance(v, torch.Tensor))
@@ -350,11 +358,11 @@ def test_other_zips_and_cut_files_are_refused(tmp_path):
 
 
 def test_weights_are_found_in_a_training_checkpoint(tmp_path):
-    """Under state_dict or model, with the prefix of DataParallel, beside objects that are not built."""
+    """Under state_dict or model, with DataParallel's prefix, beside objects that are not built."""
     path, state = tmp_path / "w.pt", {"a": torch.ones(2), "b": torch.zeros(1)}
     prefixed = {f"module.{k}": v for k, v in state.items()}
-    for saved in (prefixed, {"state_dict": prefixed}, {"model": state, "epoch": 3, "args": Path("x")},
-                  {"model_state_dict": state}):
+    for saved in (prefixed, {"state_dict": prefixed}, {"model_state_dict": state},
+                  {"model": state, "epoch": 3, "args": Path("x")}):
         torch.save(saved, path)
         assert equal(clip.read_state_dict(path), state)
     for saved in ({}, {"a": 1}, {"state_dict": {}}, {3: torch.ones(1)}, "x"):
@@ -362,14 +370,14 @@ def test_weights_are_found_in_a_training_checkpoint(tmp_path):
         with pytest.raises(ValueError, match="w.pt: not a file of weights: holds no state dict"):
             clip.read_state_dict(path)
     torch.save(nn.Linear(2, 2), path)
-    with pytest.raises(ValueError, match=r"object of torch.nn.modules.linear.Linear; save its state_d"):
+    with pytest.raises(ValueError, match="object of torch.nn.modules.linear.Linear; save its"):
         clip.read_state_dict(path)
 
 
 def test_unknown_objects_are_refused_or_inert(tmp_path):
     path = tmp_path / "x.pt"
     torch.save({"a": Evil(os.system, f"touch {MARK}"), "step": 3}, path)
-    with pytest.raises(ValueError, match="not a readable checkpoint .refused: (posix|nt).system.; del"):
+    with pytest.raises(ValueError, match="not a readable checkpoint .refused: .*system.; delete"):
         clip.read_tensors(path, "checkpoint", "delete it")
     read = clip.read_foreign(path)
     assert read["step"] == 3 and type(read["a"]).__name__ == "Inert" and not MARK.exists()
@@ -401,6 +409,9 @@ LAUGHS = b")q\x00" + b"h\x00h\x00\x86q\x00" * 60  # ((...), (...)), each twice t
 COLLIDING = b"".join(b"\x8a\x0c" + (i * (2 ** 61 - 1)).to_bytes(12, "little") + b"N"
                      for i in range(1, 30_000))
 ONE = persistent(262_144)  # a megabyte
+WHOLE = b"K\x00J\x00\x00\x04\x00\x85K\x01\x85\x89NtR"  # offset 0, size (262144,), stride (1,)
+SEVENTY = b"(" + b"K\x01" * 70 + b"t"
+INT_LIST = b"ctorch.jit._pickle\nbuild_intlist\n"
 
 
 def hostile_files(folder):
@@ -423,12 +434,11 @@ def hostile_files(folder):
         "endless digits": b"L" + b"9" * 1_000_000 + b"L\n.",
         "claimed storage": persistent(2 ** 60) + b".",
         "negative storage": persistent(-1) + b".",
-        "one list, typed again": b"](" + b"K\x01" * 50_000 + b"eq\x00ctorch.jit._pickle\nbuild_intlist\n"
-                                 b"q\x010(" + b"h\x01h\x00\x85R" * 50_000 + b"t.",
+        "one list, typed again": b"](" + b"K\x01" * 50_000 + b"eq\x00" + INT_LIST + b"q\x01("
+                                 + b"h\x01h\x00\x85R" * 50_000 + b"t.",
         "one storage, again": b"](" + ONE + b"q\x00" + b"h\x00" * 50_000 + b"e.",
-        "one tensor, again": b"](" + TENSOR + ONE + b"K\x00J\x00\x00\x04\x00\x85K\x01\x85\x89NtRq\x00"
-                             + b"h\x00" * 50_000 + b"e.",
-        "seventy dimensions": TENSOR + ONE + b"K\x00(" + b"K\x01" * 70 + b"t(" + b"K\x01" * 70 + b"t\x89NtR.",
+        "one tensor, again": b"](" + TENSOR + ONE + WHOLE + b"q\x00" + b"h\x00" * 50_000 + b"e.",
+        "seventy dimensions": TENSOR + ONE + b"K\x00" + SEVENTY + SEVENTY + b"\x89NtR.",
         "stretched tensor": TENSOR + ONE + b"K\x00J\x00\x00\x00\x40\x85K\x00\x85\x89NtR.",
     }
     for name, data in pickles.items():
@@ -437,29 +447,31 @@ def hostile_files(folder):
     torch.save({"a": torch.ones(1)}, folder / "legacy", _use_new_zipfile_serialization=False)
     sound = (folder / "legacy").read_bytes()
     at = sound.index(b"cpuq\x06K\x01") + 5
-    (folder / "legacy").write_bytes(sound[:at] + b"\x8a\x06" + b"\xff" * 5 + b"\x00" + sound[at + 2:])
+    huge = b"\x8a\x06" + b"\xff" * 5 + b"\x00"
+    (folder / "legacy").write_bytes(sound[:at] + huge + sound[at + 2:])
     overlapping_records(folder / "records")
-    narrow = {k: v[:, :0] if k == "visual.conv1.weight" else v for k, v in small_clip().state_dict().items()}
-    narrow["visual.conv1.weight"] = torch.zeros(64_000, 1, 1, 16)
-    torch.save(narrow, folder / "wide")
+    wide = small_clip().state_dict() | {"visual.conv1.weight": torch.zeros(64_000, 1, 1, 16)}
+    torch.save(wide, folder / "wide")
 
 
 def overlapping_records(path, count=3000):
-    """A zip whose directory names one megabyte `count` times, and a pickle that asks for all of them."""
-    pickled = b"\x80\x02](" + b"".join(
-        words(b"(", "storage", b"ctorch\nFloatStorage\n", str(i), "cpu", b"J\x00\x00\x04\x00", b"tQ")
-        for i in range(count)) + b"e."
+    """A zip whose directory names one megabyte `count` times; its pickle asks for all of them."""
+    floats, size = b"ctorch\nFloatStorage\n", b"J\x00\x00\x04\x00"
+    storages = [words(b"(", "storage", floats, str(i), "cpu", size, b"tQ") for i in range(count)]
+    pickled = b"\x80\x02](" + b"".join(storages) + b"e."
     torch_zip(path, pickled, [("0", bytes(1 << 20))])
     data = path.read_bytes()
     with zipfile.ZipFile(path) as z:
         info, start = z.getinfo("x/data/0"), z.start_dir
     end = data.index(b"PK\x05\x06")
     entry = data[data.index(b"PK\x01\x02", data.index(b"PK\x01\x02", start) + 4):end]
-    entries = b"".join(entry[:28] + struct.pack("<H", len(f"x/data/{i}")) + entry[30:46] + f"x/data/{i}".encode()
-                       for i in range(1, count))
-    directory = data[start:end] + entries
-    path.write_bytes(data[:start] + directory + struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, count + 1,
-                                                            count + 1, len(directory), start, 0))
+    directory = data[start:end]
+    for i in range(1, count):
+        name = f"x/data/{i}".encode()
+        directory += entry[:28] + struct.pack("<H", len(name)) + entry[30:46] + name
+    numbers = (0, 0, count + 1, count + 1, len(directory), start, 0)
+    last = b"PK\x05\x06" + struct.pack("<HHHHIIH", *numbers)
+    path.write_bytes(data[:start] + directory + last)
     assert info.file_size == 1 << 20
 
 
@@ -480,19 +492,21 @@ for path in sorted(Path(sys.argv[2]).iterdir()):
         except ValueError as e:
             said = str(e)
             assert said.startswith(f"{path}: ") and len(said.splitlines()) == 1, said
-        print(path.name, read.__name__, round(time.process_time() - start, 2), peak() - before, said, sep="|")
+        seconds = round(time.process_time() - start, 2)
+        print(path.name, read.__name__, seconds, peak() - before, said, sep="|")
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and a limit of memory")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_hostile_files_take_neither_memory_nor_time(tmp_path):
     """Each is refused (or read as the little that it is) within 5 s and 400 MB more than before."""
     folder = tmp_path / "files"
     folder.mkdir()
     hostile_files(folder)
     (tmp_path / "read.py").write_text(BOUNDED)
-    r = subprocess.run([sys.executable, tmp_path / "read.py", ROOT, folder], capture_output=True, text=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, tmp_path / "read.py", ROOT, folder]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    r = subprocess.run(command, capture_output=True, text=True, env=env)
     assert r.returncode == 0, r.stderr[-2000:]
     rows = [line.split("|", 4) for line in r.stdout.splitlines()]
     assert len(rows) == 4 * len(list(folder.iterdir()))
@@ -503,7 +517,7 @@ def test_hostile_files_take_neither_memory_nor_time(tmp_path):
     assert ["wide"] == [row[0] for row in rows if "do not fit" in row[4]]
 
 
-# =========================================================================================== download
+# ========================================================================================= download
 
 def test_download_once_with_digest(tmp_path):
     source = tmp_path / "there" / "weights.pt"
@@ -529,6 +543,100 @@ def test_wrong_digest_and_no_network_leave_nothing_behind(tmp_path):
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_leftovers_of_killed_downloads_are_removed(tmp_path):
+    source, here = tmp_path / "weights.pt", tmp_path / "cache"
+    source.write_bytes(b"x" * 10)
+    here.mkdir()
+    old, new, other = (here / n for n in ("weights.pt.1.part", "weights.pt.2.part", "b.pt.1.part"))
+    for part in (old, new, other):
+        part.write_bytes(b"half")
+    for part in (old, other):
+        os.utime(part, (time.time() - 7200,) * 2)
+    clip.cached_file(source.as_uri(), clip.file_sha256(source)[:8], here)
+    assert {p.name for p in here.iterdir()} == {"weights.pt", new.name, other.name}
+
+
+class CutShort(http.server.BaseHTTPRequestHandler):
+    """Promises a hundred bytes, sends ten and hangs up."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "100")
+        self.end_headers()
+        self.wfile.write(b"x" * 10)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_connection_that_breaks_or_is_refused_is_one_line(tmp_path):
+    with http.server.HTTPServer(("127.0.0.1", 0), CutShort) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/w.pt"
+        with pytest.raises((ValueError, OSError), match="w.pt"):
+            clip.cached_file(url, "0" * 64, tmp_path)
+        server.shutdown()
+    with pytest.raises(OSError, match=f"cannot download {url} .*; fetch it elsewhere and put it"):
+        clip.cached_file(url, "0" * 64, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_unknown_names_list_the_known():
     with pytest.raises(ValueError, match="ViT-B/16"):
         clip.load("ViT-Z/99")
+
+
+# ======================================================================== weights of stages 1 and 3
+
+def resnet_file(path, change):
+    state = torchvision.models.resnet18().state_dict()
+    torch.save(change(state), path)
+    return state
+
+
+def without_fc(state):
+    return {k: v for k, v in state.items() if not k.startswith("fc.")}
+
+
+@pytest.mark.parametrize("change", [
+    without_fc,
+    lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3},
+    lambda state: {"model": state},
+    lambda state: {**state, "fc.weight": torch.zeros(5, 512), "fc.bias": torch.zeros(5)},
+])
+def test_resnet_weights_as_people_have_them(tmp_path, change):
+    state = resnet_file(tmp_path / "w.pth", change)
+    net = stage1.resnet("resnet18", str(tmp_path / "w.pth"), (None, 1))
+    assert equal(without_fc(net.state_dict()), without_fc(state))
+
+
+def test_weights_of_another_architecture_are_named(tmp_path):
+    resnet_file(tmp_path / "w.pth", without_fc)
+    for arch in ("resnet34", "resnet50"):
+        with pytest.raises(ValueError, match=f"w.pth: not the weights of a {arch} ") as e:
+            stage1.resnet(arch, str(tmp_path / "w.pth"), (None, 1))
+        assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_imagenet_weights_come_from_torchs_cache_and_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    place = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+    place.parent.mkdir()
+    place.write_bytes(b"cut")
+    with pytest.raises(ValueError, match="resnet18-f37072fd.pth: cut or changed, .* delete the"):
+        stage1.resnet("resnet18", "imagenet", (None, 1))
+    resnet_file(place, lambda state: state)
+    monkeypatch.setattr(clip.weights, "file_sha256", lambda path: "f37072fd" + "0" * 56)
+    assert stage1.imagenet_file("resnet18") == place
+    stage1.resnet("resnet18", "imagenet", (None, 1))
+
+
+def test_a_damaged_checkpoint_says_how_to_go_on(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    for content in (b"", b"PK\x03\x04", b"x" * 100):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="checkpoint.pt: .*afresh$"):
+            stage1.read_checkpoint(path)
+    torch.save([1], path)
+    with pytest.raises(ValueError, match="it holds no dict.; if a run left it so, delete it"):
+        stage1.read_checkpoint(path)
