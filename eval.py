@@ -28,11 +28,14 @@ import re
 import shutil
 import sys
 import tarfile
+import unicodedata
+import warnings
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from html import escape
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -40,7 +43,7 @@ from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 # "Unsure" in our masks, the void border around objects in VOC's: neither trained on nor scored.
@@ -97,9 +100,24 @@ class Dataset:
     classes: tuple
     texts: dict = field(default_factory=dict)
 
+    def lists(self) -> list[Path]:
+        """The files of all lists."""
+        files = (self.root / "ImageSets" / "Segmentation").glob("*")
+        return sorted(p for p in files if p.suffix.lower() == ".txt" and not is_litter(p.name))
+
     def list_path(self, split: str) -> Path:
-        """Where the list `split` is, or would be."""
-        return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        """Where the list `split` is, or would be; train_aug.txt and the like serve as trainaug."""
+        path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        if path.is_file():
+            return path
+        alike = [p for p in self.lists() if plain_name(p.stem) == plain_name(split)]
+        if len(alike) > 1:
+            raise ValueError(f"{alike[0]}: {alike[1].name} is beside it, and either may be meant "
+                             f"by {split}; rename one {path.name}")
+        if not alike:
+            return path
+        note(f"{alike[0]}: is used as the list {split}")
+        return alike[0]
 
     def has(self, split: str) -> bool:
         """True if there is such a list."""
@@ -112,38 +130,24 @@ class Dataset:
     def ids(self, split: str, limit: int | None = None) -> list[str]:
         """Image ids of a list, in its order, the first `limit` of them.
 
-        Raises ValueError for a missing list, an odd id or one that stands twice.
+        Raises ValueError for a missing list, and as `read_list` does.
         """
         path = self.list_path(split)
         if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
+            known = ", ".join(p.stem for p in self.lists())
             raise ValueError(f"{path}: no such list (there is {known or 'none'}); "
                              "one image id a line is expected")
-        lines = [line.strip() for line in path.read_text().splitlines()]
-        ids = [line for line in lines if line]
-        seen = set()
-        for image_id in ids:
-            # An id becomes the name of many files, so it must not lead out of their folder.
-            is_path = "/" in image_id or "\\" in image_id or image_id in (".", "..")
-            if is_path or len(image_id.split()) > 1:
-                raise ValueError(f"{path}: {image_id!r} is no image id; one id a line, "
-                                 "no white space, no path")
-            if image_id in seen:
-                # An epoch would show it twice, and a mean over the list count it twice.
-                raise ValueError(f"{path}: {image_id} stands twice")
-            seen.add(image_id)
-        if not ids:
-            raise ValueError(f"{path}: the list is empty")
-        return ids[:limit]
+        return read_list(path)[:limit]
 
     def image_path(self, image_id: str) -> Path:
-        """The photo of an id; ValueError where there is none."""
-        for ending in (".jpg", ".jpeg", ".png"):
-            path = self.root / "JPEGImages" / (image_id + ending)
-            if path.is_file():
-                return path
-        raise ValueError(f"{self.root}/JPEGImages/{image_id}.jpg: no such image "
-                         "(nor .jpeg, .png)")
+        """The photo of an id; ValueError where there is none, or more than one."""
+        folder = self.root / "JPEGImages"
+        path = find_file(folder, image_id, PHOTO_ENDINGS)
+        if path is None:
+            other = find_file(folder, image_id, OTHER_ENDINGS)
+            there = f"; there is {other.name}: save it as JPEG or PNG" if other else ""
+            raise ValueError(f"{folder}/{image_id}.jpg: no such image (nor .jpeg, .png){there}")
+        return path
 
     def image(self, image_id: str) -> np.ndarray:
         """The photo of an id, (H, W, 3) uint8 RGB."""
@@ -154,38 +158,46 @@ class Dataset:
 
         SBD's coarser masks (SegmentationClassAug) serve where VOC's are missing.
         """
-        for folder in ("SegmentationClass", "SegmentationClassAug"):
-            path = self.root / folder / f"{image_id}.png"
-            if path.is_file():
+        for folder in TRUTH_FOLDERS:
+            path = find_file(self.root / folder, image_id, (".png",))
+            if path:
                 return path
         return None
 
-    def image_labels(self, ids: list[str]) -> dict[str, list[int]]:
-        """{id: sorted class numbers from 1}, from image_labels.txt or else Annotations/*.xml.
+    def known_labels(self, ids: list[str]) -> dict[str, list[int]]:
+        """{id: sorted class numbers from 1} for those of `ids` that have image-level labels.
 
-        They never come from masks: those would tell more than image-level labels do. Raises
-        ValueError where an image has no labels or a name that is no class.
+        They come from image_labels.txt or else from Annotations/*.xml, never from masks: those
+        would tell more than image-level labels do. Raises ValueError for a name that is no class.
         """
         path = self.root / "image_labels.txt"
         if path.is_file():
-            names = read_image_labels(path)
-            source = {image_id: path for image_id in ids}
+            lines = label_lines(path)
         else:
-            source = {i: self.root / "Annotations" / f"{i}.xml" for i in ids}
-            names = {i: annotated_objects(xml) for i, xml in source.items() if xml.is_file()}
+            xml = {i: find_file(self.root / "Annotations", i, (".xml",)) for i in ids}
+            lines = {i: [(str(xml[i]), annotated_objects(xml[i]))] for i in ids if xml[i]}
         # Names, not numbers, stand in labels: a name cannot be off by one.
         number = {name: k for k, name in enumerate(self.classes)}
         labels = {}
         for image_id in ids:
-            if image_id not in names:
-                raise ValueError(f"{source[image_id]}: no image-level labels for {image_id}; "
-                                 f"a line `{image_id} name, name` in {path} is expected")
-            for name in names[image_id]:
-                # Background (number 0) is in nearly every photo and so is nobody's label.
-                if number.get(name, 0) == 0:
-                    raise ValueError(f"{source[image_id]}: {image_id} has class {name!r}; "
-                                     f"known are {', '.join(self.classes[1:])}")
-            labels[image_id] = sorted({number[name] for name in names[image_id]})
+            if image_id in lines:
+                found = set()
+                for source, names in lines[image_id]:
+                    found.update(number[name] for name in class_names(names, number, source))
+                labels[image_id] = sorted(found)
+        return labels
+
+    def image_labels(self, ids: list[str]) -> dict[str, list[int]]:
+        """{id: sorted class numbers from 1} of all ids; ValueError where one has no labels."""
+        labels = self.known_labels(ids)
+        missing = [image_id for image_id in ids if image_id not in labels]
+        if missing:
+            path, first = self.root / "image_labels.txt", missing[0]
+            source = path if path.is_file() else self.root / "Annotations" / f"{first}.xml"
+            pickled = sorted(self.root.glob("*.npy"))
+            raise ValueError(pickle_refusal(self.root, pickled[0]) if pickled else
+                             f"{source}: no image-level labels for {first}; "
+                             f"a line `{first} name, name` in {path} is expected")
         return labels
 
     def digests(self, *splits: str, **texts: str) -> dict[str, str]:
@@ -199,32 +211,6 @@ class Dataset:
                 parts[split] = "\n".join(self.ids(split))
         parts["classes"] = "\n".join(self.classes)
         return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}
-
-
-def read_image_labels(path: Path) -> dict[str, list[str]]:
-    """image_labels.txt, a line `<id> name, name` an image -> {id: names}.
-
-    Names are parted by commas and not by spaces, because COCO's have spaces ("traffic light").
-    """
-    # An id without names is a photo without any of the classes, which COCO has.
-    names = {}
-    for line in path.read_text().splitlines():
-        if line.strip():
-            image_id, _, listed = line.partition(" ")
-            names[image_id] = [name.strip() for name in listed.split(",") if name.strip()]
-    return names
-
-
-def annotated_objects(path: Path) -> list[str]:
-    """Names of all objects in a VOC annotation, an object's name as often as it stands there.
-
-    Difficult objects count too: detectors are not scored on them, but they are in the photo.
-    """
-    try:
-        root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as e:
-        raise ValueError(f"{path}: not a readable annotation ({e})") from None
-    return [found.findtext("name", "").strip() for found in root.iter("object")]
 
 
 def dataset_name(name: str | Path) -> str:
@@ -251,43 +237,459 @@ def find_dataset(name: str | Path) -> Dataset:
         raise ValueError(f"--data {name}: no folder with JPEGImages/ at "
                          f"{', '.join(map(str, places))}; eval.py brings VOC2012 by --download, "
                          "COCO2014 by --download --prepare (README, Data)")
-    path = roots[0] / "classes.txt"
-    classes, texts = read_classes(path) if path.is_file() else (VOC_CLASSES, {})
-    return Dataset(roots[0], dataset_name(roots[0]), classes, texts)
+    root, name = roots[0], dataset_name(roots[0])
+    path = root / "classes.txt"
+    if path.is_file():
+        return Dataset(root, name, *read_classes(path))
+    # Without names, number 1 is VOC's aeroplane, whatever another dataset means by it.
+    if "coco" in name.lower():
+        raise ValueError(f"{path}: no such file, and VOC's names are not COCO's; "
+                         f"python eval.py --data {root} --prepare writes it for COCO 2014")
+    if not name.lower().startswith("voc"):
+        note(f"{path}: no such file, so the classes are VOC's 21")
+    return Dataset(root, name, VOC_CLASSES)
+
+
+def for_each(function, items: list, text: str) -> list:
+    """[function(item) for item in items], in threads, under a progress bar called `text`.
+
+    Threads serve because decoding an image frees Python's lock.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(function, items)  # in the order of items, whichever ends first
+        few = len(items) < 50                # a bar that is gone at once only flickers
+        return list(tqdm(results, total=len(items), desc=text, leave=False, disable=few))
+
+
+# ------------------------------------------------------------------------------- names of files
+
+# The same folder is written by cameras, by Windows, macOS and Linux, by shell scripts and by
+# spreadsheets, and each has its own habits: .JPG for .jpg, e + accent for é, files of its own.
+# What is clear in spite of that is read, and said once by `note`; what could mean two things is
+# refused.
+
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png")
+OTHER_ENDINGS = (".bmp", ".gif", ".heic", ".tif", ".tiff", ".webp")
+TRUTH_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
+# A file system's names have up to 255 bytes; `write_whole` adds an ending and a process number.
+ID_BYTES = 230
+
+
+def is_litter(name: str) -> bool:
+    """True for the files that systems leave in folders: ._x.jpg, .DS_Store, Thumbs.db."""
+    return name.startswith("._") or name.lower() in (".ds_store", "thumbs.db", "desktop.ini")
+
+
+def plain_name(name: str) -> str:
+    """A list's name without what spellings differ in: train_aug, Train-Aug -> trainaug."""
+    return re.sub("[-_ ]", "", name).lower()
+
+
+def find_file(folder: Path, image_id: str, endings: tuple[str, ...]) -> Path | None:
+    """The file of an id in a folder, or None; ValueError where two files could be meant.
+
+    endings: in lower case, upper case is found too. A letter with an accent is one character on
+    most systems and two (letter, accent) in names that macOS wrote; both are looked up.
+    """
+    found = []
+    for stem in dict.fromkeys((image_id, unicodedata.normalize("NFD", image_id))):
+        for ending in (*endings, *map(str.upper, endings)):
+            path = folder / (stem + ending)
+            # Where the file system ignores case, x.jpg and x.JPG are one file.
+            if path.is_file() and not any(path.samefile(other) for other in found):
+                found.append(path)
+    if len(found) > 1:
+        raise ValueError(f"{found[0]}: {found[1].name} is beside it, and either may be meant; "
+                         "remove one")
+    return found[0] if found else None
+
+
+def label_path(folder: Path, image_id: str) -> Path:
+    """The label PNG of an id in a folder, or where it would be."""
+    return find_file(folder, image_id, (".png",)) or folder / f"{image_id}.png"
+
+
+def photo_files(folder: Path) -> dict[str, Path]:
+    """{id: path} of all photos in a folder, sorted. Raises ValueError for an odd or double id."""
+    photos = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in PHOTO_ENDINGS and not is_litter(path.name):
+            image_id = unicodedata.normalize("NFC", path.stem)
+            fault = id_fault(image_id, spaces=True)
+            if fault or image_id in photos:
+                raise ValueError(f"{str(path)!r}: {fault or 'another photo has this name'}; "
+                                 "rename it")
+            photos[image_id] = path
+    return photos
+
+
+def id_fault(image_id: str, spaces: bool = False) -> str:
+    """What keeps a text from being an image id, "" if nothing does; spaces: they are allowed."""
+    # An id becomes the name of many files, so it must not lead out of their folder.
+    if "/" in image_id or "\\" in image_id or image_id in ("", ".", ".."):
+        return "a path is no id"
+    if not spaces and len(image_id.split()) != 1:
+        return "white space"
+    if has_control_characters(image_id):
+        return "control characters"
+    if len(image_id.encode()) > ID_BYTES:
+        return f"longer than {ID_BYTES} bytes"
+    return ""
+
+
+def has_control_characters(text: str) -> bool:
+    """True for line feeds, tabs, escape sequences and the like: nobody sees them in a name."""
+    return any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+
+
+# --------------------------------------------------------------------- lists, labels and classes
+
+TEXT_BYTES = 2 ** 26  # COCO's image_labels.txt has 4 million; what has more is no list
+LINE_LENGTH = 4000
+XML_BYTES = 2 ** 22   # VOC's annotations have up to some 20,000
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """Text file -> [(line number, line)] without empty lines and space at the ends, composed.
+
+    UTF-8 with or without a byte order mark; lines end as on Windows, Unix or an old Macintosh.
+    """
+    if path.stat().st_size > TEXT_BYTES:
+        raise ValueError(f"{path}: more than {TEXT_BYTES >> 20} MiB, so no text of this project")
+    content = path.read_bytes()
+    if b"\0" in content:  # every second byte of English text is, in UTF-16
+        raise ValueError(f"{path}: UTF-16, or no text at all; save it as UTF-8")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as e:
+        number = content[:e.start].count(b"\n") + 1
+        raise ValueError(f"{path}: line {number} is not UTF-8; save the file as UTF-8") from None
+    lines = re.split(r"\r\n|\r|\n", unicodedata.normalize("NFC", text))
+    lines = [line.strip().lstrip("\ufeff").strip() for line in lines]
+    longest = max(lines, key=len)
+    if len(longest) > LINE_LENGTH:
+        raise ValueError(f"{path}: line {lines.index(longest) + 1} has {len(longest)} characters; "
+                         f"at most {LINE_LENGTH} are expected")
+    return [(number, line) for number, line in enumerate(lines, start=1) if line]
+
+
+def stem_of(word: str) -> str:
+    """Name of a photo or mask -> its id: /JPEGImages/x.jpg -> x; what has no such ending stays."""
+    file = re.fullmatch(r"(?:.*[/\\])?([^/\\]+)\.(?:jpe?g|png)", word, re.IGNORECASE)
+    return file[1] if file else word
+
+
+def read_list(path: Path) -> list[str]:
+    """A list of images -> ids, in its order.
+
+    One id a line; or a photo's name or path, alone or with its mask's behind it (DeepLab's pair
+    lists); or VOC's lists of one class, an id and 1, 0 or -1. Raises ValueError for an odd id,
+    one that stands twice, and an empty list.
+    """
+    lines = []
+    for number, line in read_lines(path):
+        words = re.findall(r"[^\s,;]+", line) or [line]
+        if is_litter(re.split(r"[/\\]", words[0])[-1]):
+            note(f"{path}: files that a system left are left out, first {words[0][:80]!r}")
+        else:
+            lines.append((number, words, line))
+    marks = {words[1] for _, words, _ in lines if len(words) == 2}
+    of_one_class = "-1" in marks and marks <= {"1", "0", "-1"}
+    if of_one_class:
+        # 0 is VOC's "difficult": the class is there, and a detector is not scored on it.
+        note(f"{path}: a list of one class; ids marked 1 or 0 (difficult) are read, -1 are not")
+        lines = [(number, words[:1], line) for number, words, line in lines if words[-1] != "-1"]
+    first_at, other = {}, None
+    for number, words, line in lines:
+        stems = {stem_of(word) for word in words}
+        image_id = stems.pop()
+        fault = "more than one name" if stems else id_fault(image_id)
+        if fault:
+            raise ValueError(f"{path}: line {number}: {line[:80]!r} is no image id ({fault}); "
+                             "one id a line is expected, no white space, no path")
+        if image_id in first_at:
+            # An epoch would show it twice, and a mean over the list count it twice.
+            raise ValueError(f"{path}: {image_id} stands twice, in lines {first_at[image_id]} "
+                             f"and {number}; remove one")
+        first_at[image_id] = number
+        if image_id not in (line, other) and not of_one_class:
+            other = other or f"{path}: file names are read as ids: {line[:80]!r} is {image_id}"
+    if other:
+        note(other)
+    if not first_at:
+        raise ValueError(f"{path}: the list is empty")
+    return list(first_at)
+
+
+def read_image_labels(path: Path) -> dict[str, list[str]]:
+    """image_labels.txt -> {id: names}, as they stand there."""
+    lines = label_lines(path)
+    return {i: [name for _, names in lines[i] for name in names] for i in lines}
+
+
+def label_lines(path: Path) -> dict[str, list[tuple[str, list[str]]]]:
+    """image_labels.txt -> {id: [(place, names)], a pair for every line of that id}.
+
+    `<id> name, name`; between the names a semicolon, tab or bar serves as well, and after the id
+    any of them or a colon. No space: COCO's names have spaces ("traffic light").
+    """
+    lines, repeated = {}, []
+    for number, line in read_lines(path):
+        word, names = re.fullmatch(r"([^\s,;:|]*)[\s,;:|]*(.*)", line).groups()
+        if stem_of(word) in lines:
+            repeated.append(stem_of(word))
+        # An id without names is a photo without any of the classes, which COCO has.
+        found = [name.strip() for name in re.split(r"[,;|\t]", names) if name.strip()]
+        lines.setdefault(stem_of(word), []).append((f"{path}: line {number}", found))
+    if repeated:
+        note(f"{path}: {len(set(repeated))} ids stand in several lines, first {repeated[0]}; "
+             "they have the names of all of them")
+    return lines
+
+
+def class_names(names: list[str], known, place: str) -> list[str]:
+    """Names as they stand in a line of labels -> class names. Raises ValueError at a stranger."""
+    found = []
+    for name in names:
+        # Background (number 0) is in nearly every photo and so is nobody's label.
+        foreground = [k for k in known if known[k] > 0]
+        bare = name.strip(" \"'[]")  # as a spreadsheet or Python prints it
+        if name in foreground:
+            found.append(name)
+        elif bare in foreground:
+            found.append(bare)
+        elif bare.split() and all(word in foreground for word in bare.split()):
+            note(f"{place.partition(': line')[0]}: names are parted by spaces")
+            found += bare.split()
+        elif re.fullmatch(r"[-+.\d\s]+", bare):
+            raise ValueError(f"{place}: {name[:80]!r}; class names are expected, for numbers do "
+                             "not tell whether they count the background")
+        else:
+            raise ValueError(f"{place}: class {name[:80]!r}; known are {', '.join(foreground)}")
+    return found
+
+
+def pickle_refusal(root: Path, pickled: Path) -> str:
+    """What is said of labels in a pickle (cls_labels.npy of other codes): reading one runs it."""
+    code = [f"import eval, numpy; names = eval.find_dataset({str(root)!r}).classes[1:]",
+            f"rows = numpy.load({str(pickled)!r}, allow_pickle=True).item().items()",
+            f"eval.write_text({str(root / 'image_labels.txt')!r}, chr(10).join("
+            "f\"{i} {', '.join(n for n, y in zip(names, row) if y)}\" for i, row in rows))"]
+    return (f"{pickled}: labels in a pickle, which can run anything when it is read; if you trust "
+            f"it, three lines of Python convert it: {'; '.join(code)}")
+
+
+def annotated_objects(path: Path) -> list[str]:
+    """Names of all objects in a VOC annotation, an object's name as often as it stands there.
+
+    Difficult objects count too: detectors are not scored on them, but they are in the photo.
+    Parts of an object (head, hand) have names as well; they stand one level deeper.
+    """
+    if path.stat().st_size > XML_BYTES:
+        raise ValueError(f"{path}: more than {XML_BYTES >> 20} MiB, so no annotation of a photo")
+    content = path.read_bytes()
+    # A document type may define entities that unfold to gigabytes. VOC's files have none.
+    if b"<!" in content.replace(b"\0", b"").replace(b"<!--", b"").replace(b"<![CDATA[", b""):
+        raise ValueError(f"{path}: has a document type (<!DOCTYPE ...>); remove it")
+    try:
+        root = ElementTree.fromstring(content)
+    except ElementTree.ParseError as e:
+        raise ValueError(f"{path}: not a readable annotation (line {e.position[0]}); "
+                         "save it anew, as XML in UTF-8") from None
+    except (ValueError, LookupError):  # names an encoding that Python's parser does not have
+        declared = re.search(rb"encoding\s*=\s*[\"']([\w.-]+)", content)
+        encoding = declared[1].decode() if declared else "this"
+        raise ValueError(f"{path}: {encoding} is no encoding that can be read; "
+                         "save it as UTF-8, and say so in its first line") from None
+    names = [(found.findtext("name") or "").strip() for found in root.findall("object")]
+    if root.tag != "annotation" or "" in names:
+        raise ValueError(f"{path}: <annotation> with an <object> that has a <name>, for each "
+                         "object, is expected")
+    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     """classes.txt -> class names, and the texts of those that have one: `name: synonym, synonym`.
 
     The first line is number 0, the background. The file's order is all that ties a number in a
-    label PNG to a name, so a line must never be lost or doubled: each name behind it would then
-    stand for the class before or after its own.
+    label PNG to a name. A line too many before the others (labelme writes `__ignore__` there) puts
+    every name off by one, and nothing but a look at the masks would show it. Raises ValueError,
+    naming the line.
     """
-    lines = [line.partition(":") for line in path.read_text().splitlines() if line.strip()]
-    classes = tuple(name.strip() for name, _, _ in lines)
-    texts = {name.strip(): text.strip() for name, _, text in lines if text.strip()}
-    if "" in classes or len(set(classes)) < len(classes) or not 2 <= len(classes) <= IGNORE:
-        raise ValueError(f"{path}: 2 to {IGNORE} different class names are expected, "
-                         "background first")
-    return classes, texts
+    lines, texts = [], {}
+    for number, line in without_numbers(path, read_lines(path)):
+        name, _, text = (part.strip() for part in line.partition(":"))
+        lines.append((number, name))
+        if text:
+            texts[name] = text
+    bare_names = [name.strip("_ ").lower() for _, name in lines]
+    # The background may have a name of the dataset's own; a thing that people know is none.
+    things = {*VOC_CLASSES[1:], *COCO_SLOTS[1:]}
+    if "background" not in bare_names and lines and lines[0][1] not in things:
+        note(f"{path}: line {lines[0][0]}: {lines[0][1]!r} is the background, number 0")
+        bare_names[0] = "background"
+    first_at = {}
+    for (number, name), bare in zip(lines, bare_names):
+        fault = ""
+        if bare in ("ignore", "void", "unsure"):
+            fault = f"is no class, its pixels are {IGNORE} in label PNGs; remove the line"
+        elif (bare == "background") != (not first_at):
+            fault = "stands where background is expected: in the first line, and there alone"
+        elif name.lower() in first_at:
+            fault = (f"stands in line {first_at[name.lower()]} already; different class names "
+                     "are expected")
+        elif not name or has_control_characters(name) or re.search("[,;|]", name):
+            fault = "is no name; one a line is expected, without commas, semicolons and bars"
+        if fault:
+            raise ValueError(f"{path}: line {number}: {name[:80]!r} {fault}")
+        first_at[name.lower()] = number
+    if not 2 <= len(lines) <= IGNORE:
+        raise ValueError(f"{path}: {len(lines)} names; 2 to {IGNORE} different class names are "
+                         "expected, one a line, background first")
+    names = [name for _, name in lines]
+    if names[0].strip("_ ").lower() == "background":
+        names[0] = "background"
+    return tuple(names), texts
 
 
-# ------------------------------------------------------------------------- photos and label PNGs
+def without_numbers(path: Path, lines: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Lines `0 background`, `1: cat` or `background 0`, `cat,1` -> the names alone.
 
-def read_image(path: Path) -> np.ndarray:
-    """Photo -> (H, W, 3) uint8 RGB as displayed.
+    Only if every line has a number and they are what its place says; others may be names.
+    """
+    for pattern in (r"(?P<number>\d{1,9})[\s,;:.)=]+(?P<name>.+)",
+                    r"(?P<name>.+?)[\s,;:=]+(?P<number>\d{1,9})"):
+        found = [re.fullmatch(pattern, line) for _, line in lines]
+        if not found or not all(found):
+            continue
+        for place, ((number, line), match) in enumerate(zip(lines, found)):
+            if int(match["number"]) != place:
+                raise ValueError(f"{path}: line {number}: {line[:80]!r} would be number {place} "
+                                 "in label PNGs; a line for each number is expected, from 0, "
+                                 "the background, on")
+        note(f"{path}: the numbers before or behind the names are left out")
+        return [(number, match["name"]) for (number, _), match in zip(lines, found)]
+    return lines
+
+
+# ------------------------------------------------------------------------------- pictures
+
+# What a file's first bytes say it is; its name is not asked.
+KINDS = {
+    b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF8": "GIF", b"BM": "BMP",
+    b"II*\0": "TIFF", b"MM\0*": "TIFF", b"RIFF": "WebP", b"8BPS": "Photoshop",
+    b"%!PS": "PostScript", b"%PDF": "PDF", b"\x93NUMPY": "NumPy array", b"PK\x03\x04": "ZIP",
+    b"version https://git-lfs": "Git LFS pointer (git lfs pull fetches the file)",
+    b"<": "text, perhaps a web page"}
+FILE_BYTES = 2 ** 28  # no photo below has more, but for one that is no photo
+PIXELS = 2 ** 26      # 8192 x 8192; with copies, a larger one would take a gigabyte to decode
+# EXIF's tag Orientation: how a photo must be turned to stand upright; 1 is upright.
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
+# Pillow's own limits and remarks speak of its functions; ours below name the file and the way out.
+Image.MAX_IMAGE_PIXELS = None
+warnings.filterwarnings("ignore", module="PIL")
+
+
+def file_kind(content: bytes) -> str:
+    """"JPEG", "PNG", ... by the first bytes of a file."""
+    if content[4:8] == b"ftyp":
+        return "HEIC, AVIF or film"
+    kinds = [kind for start, kind in KINDS.items() if content.startswith(start)]
+    return kinds[0] if kinds else "of no known kind" if content else "empty"
+
+
+def decode(path: Path, formats: tuple[str, ...], what: str, use):
+    """use(Pillow's image, the file's bytes) of a file that is one of `formats`.
+
+    Raises ValueError (`path` is no readable `what`) where it is another format, damaged or huge.
+    """
+    if path.stat().st_size > FILE_BYTES:
+        raise ValueError(f"{path}: not a readable {what}: over {FILE_BYTES >> 20} MiB")
+    content = path.read_bytes()
+    kind = file_kind(content)
+    if kind not in formats:
+        why = ", which changes class numbers" if (kind, what) == ("JPEG", "label PNG") else ""
+        raise ValueError(f"{path}: not a readable {what}: the file is {kind}{why}; "
+                         f"save it as {' or '.join(formats)}")
+    width = height = 0
+    try:
+        # Only these decoders: Pillow's others are many, and some start programs (PostScript).
+        with Image.open(io.BytesIO(content), formats=formats) as picture:
+            width, height = picture.size
+            if width * height <= PIXELS:
+                return use(picture, content)
+    except MemoryError:
+        raise
+    except Exception:  # a damaged file makes decoders raise nearly anything else
+        raise ValueError(f"{path}: not a readable {what}: a {kind} that is cut off or damaged; "
+                         "copy it anew") from None
+    raise ValueError(f"{path}: not a readable {what}: {width}x{height} pixels; make it smaller, "
+                     f"to {PIXELS >> 20} million pixels at most")
+
+
+def exif_turn(picture: Image.Image) -> int | None:
+    """Pillow's number of the turn that a photo's EXIF asks for, None if none."""
+    try:
+        return TURNS.get(picture.getexif().get(0x0112))
+    except Exception:  # odd EXIF: programs show such photos as they are stored
+        return None
+
+
+class Photo(NamedTuple):
+    """A photo as it was read: rgb (H, W, 3) uint8, and what was done to make it that."""
+    rgb: np.ndarray
+    turned: bool   # by its EXIF
+    deep: bool     # more than 8 bits a value
+    clear: bool    # with transparency
+
+
+def read_photo(path: Path) -> Photo:
+    """Photo -> RGB as displayed, 8 bits a value. Raises ValueError for a broken file.
 
     Cameras store a photo as the sensor saw it, with a note (EXIF) how to turn it. The turn is
-    applied here, so that a mask fits what people see. Raises ValueError for a broken file.
+    applied here, so that a mask fits what people see. What is transparent is laid on white.
     """
-    try:
-        with Image.open(path) as stored:
-            return np.array(ImageOps.exif_transpose(stored).convert("RGB"))
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path}: not a readable image ({e})") from None
+    def convert(picture, content):
+        picture.load()
+        turn = exif_turn(picture)
+        if turn is not None:
+            picture = picture.transpose(turn)
+        deep = file_kind(content) == "PNG" and content[24] == 16  # bits a value, in its header
+        clear = picture.has_transparency_data
+        if deep and picture.mode.startswith("I"):
+            return Photo(grey_from_16_bits(np.asarray(picture)), turn is not None, True, False)
+        if clear:
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        return Photo(np.array(picture.convert("RGB")), turn is not None, deep, clear)
+    photo = decode(path, ("JPEG", "PNG"), "image", convert)
+    # Pillow takes the upper 8 of 16 bits. Of colours from a camera of 12 bits these are 0 to 15.
+    if photo.deep and 0 < photo.rgb.max() < 64:
+        raise ValueError(f"{path}: 16 bits a value, and the brightest is below a quarter of "
+                         "them; save it with 8 bits a value")
+    return photo
 
+
+def grey_from_16_bits(values: np.ndarray) -> np.ndarray:
+    """(H, W) of up to 16 bits -> (H, W, 3) uint8, by value: the upper 8 of the bits in use.
+
+    Cameras and microscopes store 10, 12 or 14 bits in 16. Which, the brightest pixel tells; a
+    division by 256 whatever it is would make 12 bits black.
+    """
+    bits = max(8, int(values.max()).bit_length())
+    bits += bits % 2
+    return np.repeat((values >> (bits - 8)).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Photo -> (H, W, 3) uint8 RGB as displayed; see read_photo."""
+    return read_photo(path).rgb
+
+
+# ------------------------------------------------------------------------------------ label PNGs
 
 def colour_map() -> np.ndarray:
     """VOC's palette, (256, 3) uint8: the colour of every class number.
@@ -305,32 +707,55 @@ def colour_map() -> np.ndarray:
     return palette
 
 
+NUMBER_OF_COLOUR = {tuple(colour): number for number, colour in enumerate(colour_map().tolist())}
+
+
 def read_label(path: Path, classes: int = 256, size: tuple | None = None) -> np.ndarray:
     """Label PNG -> (H, W) uint8 of class numbers, 255 = unsure.
 
     classes: numbers from `classes` to 254 are refused; size: (H, W) that is expected. An indexed
-    PNG's numbers are read, its colours do not matter. Raises ValueError.
+    PNG's numbers are read, at any bit depth; grey ones likewise. Raises ValueError.
     """
-    try:
-        with Image.open(path) as stored:
-            mode, label = stored.mode, np.array(stored)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError) as e:
-        raise ValueError(f"{path}: not a readable label PNG ({e})") from None
+    def convert(picture, content):
+        label, depth = np.array(picture), content[24]
+        if picture.mode == "L" and depth < 8:
+            # Pillow spreads grey values of 2 or 4 bits over 0..255; the class number is as stored.
+            label //= 255 // (2 ** depth - 1)
+        return picture.mode, label, picture.getpalette()
+    mode, label, palette = decode(path, ("PNG",), "label PNG", convert)
     if mode not in ("P", "L"):
-        raise ValueError(f"{path}: mode {mode}; a label PNG is indexed (P) or grey (L) "
-                         "and holds class numbers, not colours")
+        raise ValueError(f"{path}: mode {mode}; a label PNG is indexed (P) or grey (L) with up to "
+                         "8 bits and holds class numbers, not colours")
+    used = np.flatnonzero(np.bincount(label.ravel(), minlength=256))
     # A number that no class has is never "close enough": it shows that the mask was made for
     # another list of classes, and then its other numbers are wrong as well.
-    unknown = label[(label >= classes) & (label != IGNORE)]
+    unknown = used[(used >= classes) & (used != IGNORE)]
     if unknown.size:
         raise ValueError(f"{path}: class number {unknown.max()}, the dataset has "
                          f"0..{classes - 1} and {IGNORE}")
+    check_palette(path, used, palette)
     if size is not None and label.shape != tuple(size):
+        turned = ("; has the photo an EXIF turn? a mask must fit the photo as displayed"
+                  if label.shape[::-1] == tuple(size) else "")
         raise ValueError(f"{path}: {label.shape[1]}x{label.shape[0]} pixels, "
-                         f"its image has {size[1]}x{size[0]}")
+                         f"its image has {size[1]}x{size[0]}{turned}")
     return label
+
+
+def check_palette(path: Path, used: np.ndarray, palette: list[int] | None):
+    """ValueError where an indexed PNG's colours are VOC's, but not those of its numbers.
+
+    That is what comes out when a picture of VOC's colours is reduced to a palette: the palette
+    has the colours in any order, and the numbers are places in it. Other colours say nothing.
+    """
+    colours = {k: tuple(palette[3 * k:3 * k + 3]) for k in used.tolist()} if palette else {}
+    numbers = {k: NUMBER_OF_COLOUR.get(colour) for k, colour in colours.items()}
+    if None not in numbers.values():
+        for k, number in numbers.items():
+            if number != k:
+                raise ValueError(f"{path}: pixels of number {k} have VOC's colour of {number}: a "
+                                 "palette of the file's own, whose numbers are no classes; save "
+                                 "class numbers, in VOC's palette or grey")
 
 
 def write_label(path: Path, label: np.ndarray):
@@ -341,30 +766,6 @@ def write_label(path: Path, label: np.ndarray):
     write_whole(path, lambda f: picture.save(f, "PNG"))
 
 
-def check_inputs(data: Dataset, ids: list[str], label_folder: Path | None = None):
-    """Decode every photo, and its label PNG in `label_folder` if given. Raises ValueError.
-
-    Stages call this before they build a network: a broken file would else be met at a random
-    iteration, hours into a run.
-    """
-    # What is quick to know comes first: that every file is there is known before one is decoded.
-    photos = {image_id: data.image_path(image_id) for image_id in ids}
-    if label_folder is not None:
-        missing = [i for i in ids if not (label_folder / f"{i}.png").is_file()]
-        if missing:
-            raise ValueError(f"{label_folder}: {len(missing)} of {len(ids)} label PNGs missing, "
-                             f"first {missing[0]}.png; run the stage before on the same list, "
-                             "or name another folder")
-
-    # A mask of another size cannot be laid over its photo, and resizing it in silence would hide
-    # that one of the two was cropped or turned.
-    def check(image_id):
-        size = read_image(photos[image_id]).shape[:2]
-        if label_folder is not None:
-            read_label(label_folder / f"{image_id}.png", len(data.classes), size)
-    for_each(check, ids, "checking inputs")
-
-
 def folder_digest(folder: Path, ids: list[str]) -> str:
     """sha256 over the label PNGs of `ids`.
 
@@ -373,20 +774,117 @@ def folder_digest(folder: Path, ids: list[str]) -> str:
     # A digest of digests in the list's order: equal only if every file is, and files of other
     # images in the folder do not disturb.
     def digest(image_id):
-        return hashlib.sha256((folder / f"{image_id}.png").read_bytes()).hexdigest()
+        return hashlib.sha256(label_path(folder, image_id).read_bytes()).hexdigest()
     digests = for_each(digest, ids, "digests")
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def for_each(function, items: list, text: str) -> list:
-    """[function(item) for item in items], in threads, under a progress bar called `text`.
+# ------------------------------------------------------------------- checks before the work starts
 
-    Threads serve because decoding an image frees Python's lock.
+# The share of true masks that may hold a class which the image-level labels lack. The two were
+# made by different people, who may differ on a photo in a thousand; a wrong numbering shows in
+# nearly every one.
+TOLERATED = 0.01
+
+
+def check_inputs(data: Dataset, ids: list[str], label_folder: Path | None = None,
+                 image_labels: dict | None = None, tolerated: float = 0.0):
+    """Decode every photo and its label PNG, and compare its classes. Raises ValueError.
+
+    label_folder: of seeds or masks, one for each id. image_labels: {id: class numbers}, of all
+    or some ids; with them alone, the true masks are compared where there are any. tolerated:
+    share of label PNGs that may hold a class which their image does not have.
+
+    Stages call this before they build a network: a broken file would else be met at a random
+    iteration, hours into a run, and a wrong class number never.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(function, items)  # in the order of items, whichever ends first
-        few = len(items) < 50                # a bar that is gone at once only flickers
-        return list(tqdm(results, total=len(items), desc=text, leave=False, disable=few))
+    # What is quick to know comes first: that every file is there is known before one is decoded.
+    photos = {image_id: data.image_path(image_id) for image_id in ids}
+    if label_folder is not None:
+        labels = {image_id: label_path(label_folder, image_id) for image_id in ids}
+        missing = [image_id for image_id in ids if not labels[image_id].is_file()]
+        if missing:
+            raise ValueError(f"{label_folder}: {len(missing)} of {len(ids)} label PNGs missing, "
+                             f"first {missing[0]}.png; run the stage before on the same list, "
+                             "or name another folder")
+    elif image_labels is not None:
+        labels = {image_id: data.truth_path(image_id) for image_id in ids}
+        tolerated = TOLERATED
+    else:
+        labels = {}
+
+    # A mask of another size cannot be laid over its photo, and resizing it in silence would hide
+    # that one of the two was cropped or turned.
+    def check(image_id):
+        photo = read_photo(photos[image_id])
+        numbers = []
+        if labels.get(image_id):
+            label = read_label(labels[image_id], len(data.classes), photo.rgb.shape[:2])
+            numbers = np.unique(label).tolist()
+        return numbers, photo._replace(rgb=None)
+    checked = dict(zip(ids, for_each(check, ids, "checking inputs")))
+    note_conversions([photo for _, photo in checked.values()], data.root / "JPEGImages")
+    held = {labels[image_id]: (image_id, set(numbers))
+            for image_id, (numbers, _) in checked.items() if labels.get(image_id)}
+    compare_classes(data, held, image_labels or {}, tolerated)
+
+
+def note_conversions(photos: list[Photo], folder: Path):
+    """Say how many photos are not read as they are stored."""
+    turned = sum(photo.turned for photo in photos)
+    deep = sum(photo.deep for photo in photos)
+    clear = sum(photo.clear for photo in photos)
+    if turned:
+        note(f"{folder}: {turned} of {len(photos)} photos have an EXIF turn, which is applied: "
+             "masks must fit them as displayed, not as stored")
+    if deep:
+        note(f"{folder}: {deep} of {len(photos)} photos have 16 bits a value, read as 8")
+    if clear:
+        note(f"{folder}: {clear} of {len(photos)} photos are transparent, and laid on white")
+
+
+def compare_classes(data: Dataset, held: dict, image_labels: dict, tolerated: float):
+    """The numbers in label PNGs against image-level labels. Raises ValueError where they differ.
+
+    held: {path: (id, set of the numbers in it)}. A number in a PNG is trusted by all that comes
+    after, and another tool's numbering looks like ours: that the classes are those of the photo
+    is all that can tell. A PNG may lack a class (seeds do, and true masks lack some of the
+    objects that VOC calls difficult); it may not have one that the photo does not.
+    """
+    objects = {path: numbers - {0, IGNORE} for path, (_, numbers) in held.items()}
+    expected = [image_id for image_id, _ in held.values() if image_labels.get(image_id, [0])]
+    # One mask of 0 and 255 is nothing odd, VOC has some; a whole folder of them is.
+    if len(expected) > 1 and not any(objects.values()):
+        raise ValueError(f"{next(iter(held)).parent}: {len(held)} label PNGs and no class in any; "
+                         f"{IGNORE} is unsure here, an object's pixels hold its class number, "
+                         "from 1 on")
+    wrong = {path: sorted(objects[path] - set(image_labels[image_id]))
+             for path, (image_id, _) in held.items()
+             if image_id in image_labels and not objects[path] <= set(image_labels[image_id])}
+    if not wrong:
+        return
+    path, numbers = next(iter(wrong.items()))
+    names = [data.classes[k] for k in image_labels[held[path][0]]]
+    told = (f"{path}: number {numbers[0]} is {data.classes[numbers[0]]}, and the labels of the "
+            f"image say {', '.join(names) or 'no class'}; {len(wrong)} of {len(held)} label PNGs "
+            "disagree like this")
+    if len(wrong) <= tolerated * len(held):
+        note(told)
+        return
+    without = "" if (data.root / "classes.txt").is_file() else " (absent: VOC's 21)"
+    raise ValueError(f"{told}; number them as in classes.txt{without}, or mend that or the labels")
+
+
+def note_leaks(data: Dataset, split: str):
+    """Say how many images of the lists that scores are made on stand in the training list too."""
+    training = set(data.ids(split))
+    for judged in ("val", "test"):
+        if judged != split and data.has(judged):
+            leaked = [image_id for image_id in data.ids(judged) if image_id in training]
+            if leaked:
+                note(f"{data.list_path(split)}: {len(leaked)} ids of {data.list_path(judged).name} "
+                     f"stand in {split} too, first {leaked[0]}; scores on {judged} will be too "
+                     "good")
 
 
 # ----------------------------------------------------------------- files that appear whole, errors
@@ -420,6 +918,13 @@ def write_json(path: Path, value):
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+@lru_cache(maxsize=None)  # a text is said once, however often a file is read
+def note(text: str):
+    """Say on stderr what is read otherwise than it stands, from one of torchrun's processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(" ".join(text.split()), file=sys.stderr)
+
+
 def stop(message):
     """The user's mistakes end here: one line on stderr, exit status 2."""
     print(" ".join(str(message).split()), file=sys.stderr)
@@ -433,7 +938,9 @@ def run(main):
     """
     try:
         main()
-    except (ValueError, OSError) as e:
+    except OSError as e:
+        stop(f"{e.filename}: {e.strerror}" if e.filename else e)
+    except ValueError as e:
         stop(e)
     except KeyboardInterrupt:
         stop("interrupted; the same command goes on from here")
@@ -560,8 +1067,9 @@ def check_published(data: Dataset):
     counts = published_counts(data)
     # Every count is printed, the right ones too: who compares with a paper wants to see them.
     for c in counts:
-        note = "" if c.found == c.expected else "  missing" if c.needed else "  not needed to run"
-        print(f"{c.split:9} {c.what:12} {c.found:7,} of {c.expected:7,}{note}")
+        lack = "  missing" if c.needed else "  not needed to run"
+        remark = "" if c.found == c.expected else lack
+        print(f"{c.split:9} {c.what:12} {c.found:7,} of {c.expected:7,}{remark}")
     missing = [c for c in counts if c.found != c.expected]
     # An archive is named once, however many counts wait for it.
     for source in dict.fromkeys(c.source for c in missing):
@@ -1199,10 +1707,11 @@ def score_folder(data: Dataset, folder: Path, split: str, limit: int | None = No
     # Images without a mask are left out and not held against the folder: a stage may be half
     # done, and "n of N" says so.
     K, ids = len(data.classes), data.ids(split, limit)
-    both = [i for i in ids if (folder / f"{i}.png").is_file() and data.truth_path(i)]
+    both = [i for i in ids if label_path(folder, i).is_file() and data.truth_path(i)]
     if not both:
         return None
 
+    image_labels = data.known_labels(both)
     # One matrix for the whole dataset, as VOC and the papers have it: pixels are counted over all
     # images first and divided once. A mean of per-image IoUs would be another number, in which a
     # class of ten pixels in one photo weighs as much as the same class filling another.
@@ -1210,14 +1719,19 @@ def score_folder(data: Dataset, folder: Path, split: str, limit: int | None = No
 
     def count(image_id):
         truth = read_label(data.truth_path(image_id), K)
-        path = folder / f"{image_id}.png"
+        path = label_path(folder, image_id)
         prediction = (read_coco_ids(path, truth.shape) if coco_ids else
                       read_label(path, K, truth.shape))
         counts = confusion(truth, prediction, K)
         with lock:  # summed at once: COCO's 80,000 matrices would be 4 GB
             np.add(matrix, counts, out=matrix)
-    for_each(count, both, f"scoring {folder}")
-    truths = sorted({data.truth_path(i).parent.name for i in both})
+        return data.truth_path(image_id), (image_id, set(np.flatnonzero(counts.any(1)).tolist()))
+    held = dict(for_each(count, both, f"scoring {folder}"))
+    compare_classes(data, held, image_labels, TOLERATED)
+    if len(both) > 1 and matrix[:, K].any() and not matrix[:, 1:K].any():
+        raise ValueError(f"{folder}: {len(both)} masks and no class in any, but {IGNORE}, which is "
+                         "unsure; an object's pixels hold its class number, from 1 on")
+    truths = sorted({path.parent.name for path in held})
     return {"split": split, "n": len(both), "of": len(ids), "truth": "+".join(truths),
             **scores(matrix)}
 
@@ -1247,10 +1761,100 @@ STAGES = {
 ASKS_CLIP = "CLIP is asked for a photo's classes; where its answer came from is the CAM."
 
 
+# What a record may say, as far as it is read here, and the types it may have.
+RECORD_TYPES = {
+    "options": {"split": str, "limit": int, "seeds": str, "masks": str},
+    "provenance": {"iters": int, "scales": list, "flip": bool, "crf": bool, "label_filter": bool}}
+
+
 def read_args(folder: Path) -> dict:
-    """args.json, the record that a stage keeps of its run; {} where there is none."""
+    """args.json, the record that a stage keeps of its run; {} where there is none.
+
+    Raises ValueError for a file that is no such record any more.
+    """
     path = folder / "args.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    record = parse_json(path.read_bytes(), f"{path}: no record of a run (damaged)")
+    for part, types in RECORD_TYPES.items():
+        facts = record.get(part, {})
+        for name, kind in types.items():
+            value = facts.get(name) if isinstance(facts, dict) else facts
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{path}: no record of a run (its {part} are damaged: {name}); "
+                                 "remove it, or the stage's folder")
+    return record
+
+
+def parse_json(content: bytes, fault: str) -> dict:
+    """JSON text -> dict; ValueError(fault) where it is none."""
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError):  # a number of a million digits, a million brackets
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{fault}; remove it")
+    return value
+
+
+def read_log(path: Path) -> list[dict]:
+    """log.jsonl -> its lines, {"step": n, "lr": ..., name of a loss: value}; [] without a file.
+
+    Raises ValueError, naming the line, where one is no such record.
+    """
+    if not path.is_file():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
+        # A run that was cut off while it wrote may have left half a line at the end.
+        if text.endswith(b"}"):
+            fault = f"{path}: line {number} is no record of an iteration (damaged)"
+            line = parse_json(text, fault)
+            losses = [line[name] for name in line if name.startswith("loss")]
+            for value in (line.get("step"), *losses):
+                if not isinstance(value, (int, float)) or not abs(value) < 1e300:
+                    raise ValueError(f"{fault}; remove it")
+            lines.append(line)
+    return lines
+
+
+CAM_BYTES = 2 ** 28
+
+
+def read_cams(path: Path) -> dict[str, np.ndarray]:
+    """cams/<id>.npz -> {"keys": (J,) class numbers from 1, "cam": (J, h, w) in [0, 1], ...}.
+
+    Raises ValueError for a damaged file. NumPy would believe what a file says of its sizes, and
+    ask for the memory; here an array must be as large as its bytes.
+    """
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > CAM_BYTES:
+                raise ValueError("too large")
+            for name in archive.namelist():
+                # Reading an entry whole also compares it with its checksum.
+                arrays[name.removesuffix(".npy")] = array_from_npy(archive.read(name))
+        keys, cam = arrays["keys"], arrays["cam"]
+        if (keys.ndim, keys.dtype, cam.ndim, cam.dtype) != (1, np.uint8, 3, np.float16):
+            raise ValueError("no CAMs")
+        if any(len(array) != len(keys) for array in arrays.values()):
+            raise ValueError("not one of each for every class")
+    except OSError:
+        raise
+    except Exception:  # zip, zlib and NumPy's reader raise many kinds
+        raise ValueError(f"{path}: not a readable file of CAMs (damaged); remove it, and stage 1 "
+                         "makes it again") from None
+    return arrays
+
+
+def array_from_npy(content: bytes) -> np.ndarray:
+    """Bytes of an .npy file -> array. Raises ValueError and what NumPy's reader raises."""
+    f = io.BytesIO(content)
+    np.lib.format.read_magic(f)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+    values = np.frombuffer(content, dtype, offset=f.tell())
+    return values.reshape(shape, order="F" if fortran else "C")
 
 
 def learned_from(record: dict) -> list[str]:
@@ -1489,7 +2093,7 @@ def label_file(folder: Path, stage: str, split: str, image_id: str) -> Path:
     """Where a stage writes the label PNG of an image."""
     masks = STAGES[stage][2]
     place = folder / stage / masks if masks == "seeds" else folder / stage / masks / split
-    return place / f"{image_id}.png"
+    return label_path(place, image_id)
 
 
 def cam_picture(data: Dataset, folder: Path, image_id: str, image: np.ndarray) -> dict:
@@ -1497,11 +2101,15 @@ def cam_picture(data: Dataset, folder: Path, image_id: str, image: np.ndarray) -
     path = folder / "1_cam" / "cams" / f"{image_id}.npz"
     if not path.is_file():
         return {}
-    with np.load(path) as cams:
-        if len(cams["keys"]) == 0:
-            return {}
-        name = data.classes[cams["keys"][0]]
-        return {f"CAM of {name}": image // 2 + heat(cams["cam"][0], image.shape[:2]) // 2}
+    cams = read_cams(path)
+    keys = cams["keys"]
+    if len(keys) == 0:
+        return {}
+    if keys[0] >= len(data.classes):
+        raise ValueError(f"{path}: class number {keys[0]}, the dataset has 0 to "
+                         f"{len(data.classes) - 1}")
+    shown = image // 2 + heat(cams["cam"][0], image.shape[:2]) // 2
+    return {f"CAM of {data.classes[keys[0]]}": shown}
 
 
 def pictures(data: Dataset, folder: Path, split: str, image_id: str) -> dict:
@@ -1666,20 +2274,20 @@ def clip_story(data: Dataset, folder: Path, split: str) -> str:
     for image_id in data.ids(split):
         path = folder / "1_cam" / "cams" / f"{image_id}.npz"
         if path.is_file():
-            with np.load(path) as cams:
-                if "boxes" not in cams:
-                    return ""
-                if cams["boxes"].any():
-                    gallery = Gallery(data.classes)
-                    gallery.add_row(image_id, clip_steps(data, folder, image_id, cams))
-                    return f"<p>{CLIP_STORY}</p>{gallery.html}"
+            cams = read_cams(path)
+            if "boxes" not in cams:
+                return ""
+            if cams["boxes"].any():
+                gallery = Gallery(data.classes)
+                gallery.add_row(image_id, clip_steps(data, folder, image_id, cams))
+                return f"<p>{CLIP_STORY}</p>{gallery.html}"
     return ""
 
 
 def clip_steps(data: Dataset, folder: Path, image_id: str, cams) -> dict:
     """{caption: picture} of one photo, for the first of its classes that has a box.
 
-    cams: an open .npz of stage 1 with "keys" (J,), "cam" (J, H/4, W/4), and on the grid of CLIP's
+    cams: arrays of stage 1, "keys" (J,), "cam" (J, H/4, W/4), and on the grid of CLIP's
     patches "before" (J, h, w) and "boxes" (J, h, w) bool.
     """
     image = data.image(image_id)                                         # (H, W, 3)
@@ -1792,16 +2400,11 @@ def curve(name: str, log: np.ndarray) -> str:
 
 def curves(path: Path) -> str:
     """log.jsonl -> a curve for every loss by its name; "" where there is no log."""
-    if not path.is_file():
-        return ""
     values = {}
-    for text in path.read_text().splitlines():
-        # A run that was cut off while it wrote may have left half a line at the end.
-        if text.endswith("}"):
-            line = json.loads(text)
-            for name in line:
-                if name.startswith("loss"):
-                    values.setdefault(name, []).append((line["step"], line[name]))
+    for line in read_log(path):
+        for name in line:
+            if name.startswith("loss"):
+                values.setdefault(name, []).append((line["step"], line[name]))
     if len(values) == 2:
         values.pop("loss", None)  # "loss" is the sum, here of one
     return "".join(curve(name, np.array(log)) for name, log in values.items())
@@ -1873,22 +2476,20 @@ def check_dataset(data: Dataset):
     print(f"{data.root}: {len(data.classes)} classes with background")
     if data.name in PUBLISHED:
         check_published(data)
-    for path in sorted(data.list_path("").parent.glob("*.txt")):
+    for path in data.lists():
         split, ids = path.stem, data.ids(path.stem)
-        check_inputs(data, ids)
-        with_truth = [i for i in ids if data.truth_path(i)]
-
-        def check_truth(image_id):
-            size = data.image(image_id).shape[:2]
-            read_label(data.truth_path(image_id), len(data.classes), size)
-        for_each(check_truth, with_truth, "true masks")
-        line = f"{split:9} {len(ids):6} images, {len(with_truth)} true masks"
         # Only training images need labels: val is what the method has never been told about.
-        if split.startswith("train"):
-            labels = data.image_labels(ids)
-            mean = np.mean([len(numbers) for numbers in labels.values()])
+        training = split.startswith("train")
+        image_labels = data.image_labels(ids) if training else data.known_labels(ids)
+        check_inputs(data, ids, image_labels=image_labels)
+        with_truth = sum(data.truth_path(image_id) is not None for image_id in ids)
+        line = f"{split:9} {len(ids):6} images, {with_truth} true masks"
+        if training:
+            mean = np.mean([len(numbers) for numbers in image_labels.values()])
             line += f", {mean:.2f} classes an image"
         print(line)
+    if data.has(data.training_split()):
+        note_leaks(data, data.training_split())
 
 
 def score_masks(data: Dataset, folder: Path, split: str, coco_ids: bool):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import draw_dataset, read_json, script
+from conftest import CLASSES, draw_dataset, read_json, script
 from eval import (IGNORE, describe_provenance, find_dataset, read_label, where_wrong, write_json,
                   write_label, write_report, write_text, write_whole)
 
@@ -51,6 +51,8 @@ def runs(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("report")
     root = draw_dataset(tmp / "drawn", train=8, val=3)
     write_text(root / "classes.txt", f"background\ncat\ndog\n{ODD_CLASS}\n")
+    labels = (root / "image_labels.txt").read_text()
+    write_text(root / "image_labels.txt", labels.replace(CLASSES[3], ODD_CLASS))
     data = find_dataset(root)
     folder = fake_runs(data, tmp / "runs")
     assert "report.html" in script("eval.py", "--data", root, "--runs", tmp / "runs")
