@@ -109,8 +109,7 @@ class Module:
 
 
 class Inert:
-    """Stands for an object of a class that we do not know. Whatever the pickle does with it does
-    nothing."""
+    """Stands for an object of an unknown class. What the pickle does with it does nothing."""
 
     def __init__(self, symbol):
         self.symbol = symbol
@@ -118,13 +117,15 @@ class Inert:
 
 # instructions whose argument is the value that they push
 PUSH = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
-        "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES"}
+        "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINSTRING", "SHORT_BINSTRING"}
 # what values may be made of; everything else that lies on the stack is the machine's own
 PLAIN = (type(None), bool, int, float, str, bytes, torch.Tensor)
 # the functions whose calls are understood; TorchScript writes a typed list as build_intlist([1, 2])
+REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2")  # the first is that of torch before 0.4
 CALLS = {
     ("collections", "OrderedDict"),
     ("torch", "Size"),
+    ("torch._utils", "_rebuild_tensor"),
     ("torch._utils", "_rebuild_tensor_v2"),
     ("torch._utils", "_rebuild_parameter"),
     ("torch.jit._pickle", "build_intlist"),
@@ -135,8 +136,7 @@ CALLS = {
 
 
 class TensorUnpickler:
-    """Runs pickles that build tensors, dicts, lists, tuples, strings and numbers, and refuses any
-    other.
+    """Runs pickles that build tensors, dicts, lists, tuples, strings and numbers, and no others.
 
     storage(persistent id) -> the 1-d tensor that a pickle refers to; it sees to it that the file
     holds so much.
@@ -222,10 +222,10 @@ class TensorUnpickler:
                 self.build(name, argument)
 
     def build(self, name, argument):
-        """One instruction that fills a container, or one where Python's machine would import or
-        call."""
+        """One instruction that fills a container, or one where Python's machine would call."""
         stack = self.stack
         match name:
+            # With a mark below: [list, mark, a, b] APPENDS -> [[..., a, b]], and so for dicts.
             case "APPEND":
                 item = stack.pop()
                 self.extend([item])
@@ -234,9 +234,11 @@ class TensorUnpickler:
             case "SETITEM":
                 value = stack.pop()
                 key = stack.pop()
-                self.set_items([key, value])
+                self.set_items(stack[-1], [key, value])
             case "SETITEMS":
-                self.set_items(self.since_mark())
+                items = self.since_mark()
+                self.set_items(self.stack[-1], items)
+            # Where Python imports a function and calls it, here a name is compared with CALLS.
             case "GLOBAL":
                 stack.append(self.look_up(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
@@ -248,6 +250,7 @@ class TensorUnpickler:
             case "BUILD":
                 state = stack.pop()
                 self.set_state(stack[-1], state)
+            # A storage lies outside of the pickle and is referred to by a "persistent id".
             case "BINPERSID":
                 stack.append(self.storage(stack.pop()))
             case _:
@@ -261,13 +264,12 @@ class TensorUnpickler:
         elif type(target) is not Inert:
             raise UnpicklingError("appends to what is no list")
 
-    def set_items(self, items):
-        """Fill the dict on top of the stack from [key, value, key, value, ...].
+    def set_items(self, target, items):
+        """Fill a dict from [key, value, key, value, ...].
 
         Only strings and small integers are keys: a tuple's hash may take for ever (tuples in
         tuples), and long integers can be chosen so that all of them collide.
         """
-        target = self.stack[-1]
         if type(target) is Inert:
             return
         if type(target) is not dict:
@@ -279,8 +281,7 @@ class TensorUnpickler:
                 raise UnpicklingError("a key that is neither a string nor a small integer")
 
     def look_up(self, module, name):
-        """A storage's class -> its dtype; any other name -> a Symbol, where it is one that we
-        know."""
+        """A storage's class -> its dtype; any other name, where we know it -> a Symbol."""
         if type(module) is not str or type(name) is not str:
             raise UnpicklingError("a name that is no string")
         if module == "torch" and name in DTYPES:
@@ -297,27 +298,35 @@ class TensorUnpickler:
             return function
         if type(function) is not Symbol or type(arguments) is not tuple:
             raise UnpicklingError("calls what is no function")
-        if function.module == "torch._utils" and function.name == "_rebuild_tensor_v2":
+        if function.module == "torch._utils" and function.name in REBUILD:
             return self.rebuild_tensor(*arguments)
-        if function.module == "collections" and function.name == "OrderedDict" and not arguments:
-            return {}
+        if function.module == "collections" and function.name == "OrderedDict":
+            return self.ordered_dict(*arguments)
         if (function.module, function.name) in CALLS:
             return arguments[0]  # a parameter is its tensor, a size a tuple, a typed list a list
         if self.modules:
             return Module()
         return Inert(function)
 
+    def ordered_dict(self, pairs=()):
+        """A dict. Python 3 writes OrderedDict() and then its items, Python 2 OrderedDict(pairs)."""
+        out = {}
+        for pair in pairs:
+            self.count_step()
+            if type(pair) is not list or len(pair) != 2:
+                raise UnpicklingError("a pair that is none")
+            self.set_items(out, pair)
+        return out
+
     def set_state(self, target, state):
-        """Give a module its attributes. State dicts carry a state, too (versions of modules), which
-        is not needed."""
+        """Give a module its attributes. A state dict's own state (versions) is not needed."""
         if type(target) is Module and type(state) is dict:
             target.attributes = state
         elif type(target) not in (dict, Inert):
             raise UnpicklingError("sets the state of what has none")
 
     def rebuild_tensor(self, storage, offset, size, stride, grad=False, hooks=None, metadata=None):
-        """A view into a storage. Sizes and strides are checked: it lies inside, and has no more
-        numbers than it."""
+        """A view into a storage. Sizes and strides are checked: it lies inside and is no larger."""
         if not isinstance(storage, torch.Tensor) or metadata:
             raise UnpicklingError("a tensor of an unknown kind")
         if type(size) is not tuple or type(stride) is not tuple:
@@ -327,6 +336,7 @@ class TensorUnpickler:
         for number in (offset, *size, *stride):
             if type(number) is not int or not 0 <= number < 2 ** 48:
                 raise UnpicklingError("a tensor whose layout is not made of whole numbers in range")
+        # A stride of 0 repeats a number without holding it: the end alone does not bound a size.
         count = math.prod(size)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride))
         if count > len(storage) or (count and last >= len(storage)):
@@ -359,8 +369,11 @@ class TensorUnpickler:
 # ------------------------------------------------------------------------------- the three layouts
 
 class SmallReads(io.FileIO):
-    """A file that hands out a few megabytes at a time: only a zip with a directory beyond measure
-    asks for more."""
+    """A file that hands out a few megabytes at a time.
+
+    zipfile reads a zip's directory at once and makes an object of each entry, which takes twenty
+    times the space: only a directory beyond measure is refused here.
+    """
 
     def read(self, size=-1):
         """As FileIO.read. Raises UnpicklingError for too much."""
@@ -370,8 +383,7 @@ class SmallReads(io.FileIO):
 
 
 def parse_storage_id(pid, length):
-    """(key, dtype, count) of a storage, from the tuple ("storage", dtype, key, device, count, ...)
-    of a pickle."""
+    """(key, dtype, count) of a storage, from ("storage", dtype, key, device, count, ...)."""
     if type(pid) is not tuple or len(pid) != length or pid[0] != "storage":
         raise UnpicklingError("refers to something else than a storage")
     _, dtype, key, _, count = pid[:5]
@@ -385,8 +397,7 @@ def parse_storage_id(pid, length):
 
 
 def fill(memory, source):
-    """Read a file into a buffer of bytes, in pieces. Raises UnpicklingError where `source` ends
-    before it is full."""
+    """Read a file into a buffer, in pieces. Raises UnpicklingError where it ends too early."""
     memory = memoryview(memory)
     done = 0
     while done < len(memory):
@@ -397,8 +408,7 @@ def fill(memory, source):
 
 
 class ZipArchive:
-    """The records of a zip that torch wrote: one pickle, and storages, each read and checked
-    once."""
+    """The records of a zip that torch wrote: one pickle, and storages, each read once."""
 
     def __init__(self, f):
         size = os.fstat(f.fileno()).st_size
@@ -426,8 +436,7 @@ class ZipArchive:
         return self.has("constants.pkl")
 
     def find(self, name):
-        """The zip's entry of a record. torch stores pickles and numbers as they are; a zip bomb
-        does not."""
+        """The zip's entry of a record. torch stores them as they are; a zip bomb does not."""
         if not self.has(name):
             raise UnpicklingError(f"record {shorten(name)} is missing")
         info = self.zip.getinfo(f"{self.root}/{name}")
@@ -467,8 +476,7 @@ class ZipArchive:
 
 
 class LegacyFile:
-    """A file of torch.save's first format. It has no checksums: only what cannot be right is
-    found."""
+    """A file of torch.save's first format. It has no checksums: a flipped bit goes unnoticed."""
 
     MAGIC = 0x1950A86A20F9469CFC6C  # the value of its first pickle
     FIRST_BYTES = b"\x80\x02\x8a\x0a" + MAGIC.to_bytes(10, "little")
@@ -479,8 +487,7 @@ class LegacyFile:
         self.storages = {}
 
     def storage(self, pid):
-        """The 1-d tensor of a storage, whose numbers come at the end of the file: `read_storages`
-        fills it."""
+        """The 1-d tensor of a storage. Its numbers come last in the file: `read_storages`."""
         key, dtype, count = parse_storage_id(pid, 6)
         if key not in self.storages:
             self.left -= count * dtype.itemsize
@@ -492,8 +499,7 @@ class LegacyFile:
         return self.storages[key]
 
     def read(self, machine):
-        """The saved value: the fourth of five pickles (format, version, system, value, keys of the
-        storages)."""
+        """The saved value: the fourth of five pickles (format, version, system, value, keys)."""
         self.file.seek(0)
         start = bytearray(min(self.left, MAX_PICKLE))
         fill(start, self.file)
@@ -523,8 +529,10 @@ class LegacyFile:
 # -------------------------------------------------------------------------------------- the way in
 
 def read_value(path, what, mend, modules=False, tolerant=False):
-    """The value in a file of torch's, whatever its layout. `what` and `mend` are for the message of
-    the ValueError."""
+    """The value in a file of torch's, whatever its layout.
+
+    what, mend: what the file should be and what to do where it is not, for the ValueError.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     with SmallReads(path) as f:
@@ -554,8 +562,7 @@ def read_value(path, what, mend, modules=False, tolerant=False):
 
 
 def flatten_modules(module, prefix="", seen=None):
-    """Module tree -> {dotted name: tensor}. A module met twice (a loop, or a blow-up) is
-    refused."""
+    """Module tree -> {dotted name: tensor}. A module met twice (a loop, a blow-up) is refused."""
     if not isinstance(module, Module):
         raise UnpicklingError("holds no module")
     seen = set() if seen is None else seen

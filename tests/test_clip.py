@@ -289,6 +289,21 @@ def test_every_dtype_parameters_and_views_are_read(tmp_path):
     assert read["size"] == (24,) and read["view"].stride() == value["view"].stride()
 
 
+def test_a_file_that_python_2_wrote_is_read(tmp_path):
+    """Old .pth files: byte strings, and OrderedDict([[name, tensor], ...]) in one call."""
+    path = tmp_path / "x.pth"
+    torch.save({"a": torch.arange(3.0)}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    new = b"}q\x00X\x01\x00\x00\x00aq\x01"
+    start = data.index(new)
+    end = data.index(b"s.", start)
+    # a list of one pair, made by a mark and two appends: ([["a", tensor]],)
+    old = b"ccollections\nOrderedDict\n(]]U\x01aa" + data[start + len(new):end] + b"aatR"
+    path.write_bytes(data[:start] + old + data[end + 1:])
+    assert equal(clip.read_tensors(path), {"a": torch.arange(3.0)})
+    assert equal(torch.load(path, weights_only=True), clip.read_tensors(path))
+
+
 @pytest.mark.parametrize("make", [small_clip, training_state])
 def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path, make):
     """300 bits anywhere in the file: refused in one line that names it, or the same numbers."""
