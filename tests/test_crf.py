@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import pydensecrf
-from stage1_cam import ExactFilter, Lattice, dense_crf
+from stage1_cam import ExactFilter, Lattice, dense_crf, memory_for
 
 
 def photo_like(B, K, H, W, seed=0):
@@ -25,6 +25,72 @@ def test_lattice_is_near_the_exact_filter(d):
     features, values = 2 * torch.rand(2, 400, d, generator=g), torch.rand(2, 400, 3, generator=g)
     normed = lambda k: k(values) / k(torch.ones(2, 400, 1))
     assert (normed(Lattice(features)) - normed(ExactFilter(features))).abs().mean() < 0.02
+
+
+def test_the_worked_example():
+    """The numbers in the comment above `Lattice`."""
+    features = torch.tensor([[[0.25], [1.5]]]) * np.sqrt(3) / 2
+    values, ones = torch.tensor([[[8.0], [4.0]]]), torch.ones(1, 2, 1)
+    lattice, exact = Lattice(features), ExactFilter(features)
+
+    def equal(found, *numbers):
+        np.testing.assert_allclose(found.flatten(), numbers, rtol=0, atol=5e-3)
+    splat = lattice.splat(values[0])
+    order = [0, 2, 1]  # vertices 0 and 2 are corners 0 and come first; the last row is no vertex
+    equal(splat[order], 6, 4, 2)
+    equal(lattice.blur(splat)[order], 12, 14, 8)
+    equal(splat[3:], 0)
+    equal(lattice(values), 8.33, 7.33)
+    equal(lattice(ones), 1.30, 1.31)
+    equal(lattice(values) / lattice(ones), 6.40, 5.59)
+    equal(exact(values) / exact(ones), 6.57, 5.43)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 5])
+def test_splat_is_the_transpose_of_slice_and_the_gain_is_about_one(d):
+    """What is splat at a vertex is what slice reads there; far inside, a constant stays itself."""
+    g = torch.Generator().manual_seed(2)
+    lattice = Lattice(2 * torch.rand(1, 50, d, generator=g))
+    matrix = lattice.splat(torch.eye(50))                                            # (M+1, 50)
+    read = lattice.slice(torch.eye(len(matrix))) * (1 + 2.0 ** -d)                   # (50, M+1)
+    torch.testing.assert_close(matrix.T, read)
+    torch.testing.assert_close(matrix.sum(0), torch.ones(50))
+
+
+def test_neighbours_are_mutual():
+    lattice = Lattice(3 * torch.rand(2, 60, 3, generator=torch.Generator().manual_seed(3)))
+    me, plus, minus = lattice.blur_index.unflatten(1, (-1, 3)).long().unbind(2)      # (4, M+1) each
+    absent = me.shape[1] - 1
+    for axis in range(4):
+        there = plus[axis] < absent
+        assert there.any() and torch.equal(minus[axis][plus[axis][there]], me[axis][there])
+        assert there.sum() == (minus[axis] < absent).sum()
+
+
+def test_a_size_seen_before_gives_the_same():
+    """The position lattice is kept for two sizes; a third comes and goes in between."""
+    cases = [photo_like(1, 3, h, 18, seed=h) for h in (14, 15, 16)]
+    first = [dense_crf(*case) for case in cases]
+    assert all(torch.equal(dense_crf(*case), q) for case, q in zip(cases, first))
+
+
+@pytest.mark.parametrize("error", [lambda: torch.empty(2 ** 56, dtype=torch.uint8),
+                                   lambda: exhausted(MemoryError()),
+                                   lambda: exhausted(torch.OutOfMemoryError("CUDA out of memory"))])
+def test_memory_that_runs_out_is_one_line(error):
+    with pytest.raises(ValueError, match="^a thing: out of memory, about 1.5 GiB are needed$"):
+        with memory_for("a thing", 3 * 2 ** 29):
+            error()
+
+
+def exhausted(error):
+    raise error
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="shape"):
+        with memory_for("a thing", 1):
+            raise RuntimeError("shape mismatch")
 
 
 def test_exact_filter_by_hand():
