@@ -1001,8 +1001,9 @@ class ExactFilter:
 
 def pixel_positions(B, H, W, device):
     """x and y of every pixel, (B, HW, 2) float32."""
-    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
-    return torch.stack([x, y], 2).flatten(0, 1).float().to(device).expand(B, -1, -1)
+    y, x = torch.meshgrid(torch.arange(H, device=device), torch.arange(W, device=device),
+                          indexing="ij")
+    return torch.stack([x, y], 2).flatten(0, 1).float().expand(B, -1, -1)
 
 
 @functools.lru_cache(maxsize=2)
