@@ -809,9 +809,10 @@ def check_inputs(data: Dataset, ids: list[str], label_folder: Path | None = None
                              "or name another folder")
     elif image_labels is not None:
         labels = {image_id: data.truth_path(image_id) for image_id in ids}
-        tolerated = TOLERATED
     else:
         labels = {}
+    if label_folder is None or label_folder.name in TRUTH_FOLDERS:
+        tolerated = TOLERATED
 
     # A mask of another size cannot be laid over its photo, and resizing it in silence would hide
     # that one of the two was cropped or turned.

@@ -47,8 +47,8 @@ from tqdm import tqdm
 
 import clip
 from eval import (COCO_CLASSES, IGNORE, VOC_CLASSES, Dataset, check_inputs, colour_map,
-                  find_dataset, heat, read_args, read_label, run, write_json, write_label,
-                  write_text, write_whole)
+                  find_dataset, heat, note_leaks, read_args, read_cams, read_label, read_log,
+                  run, write_json, write_label, write_text, write_whole)
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of grey levels 0..255, R G B
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -434,7 +434,7 @@ def preview(data, ids, folder):
     rows = []
     for image_id in preview_ids(ids):
         image = data.image(image_id)
-        cams = np.load(folder / "cams" / f"{image_id}.npz")["cam"]      # (J, h, w)
+        cams = read_cams(folder / "cams" / f"{image_id}.npz")["cam"]    # (J, h, w)
         evidence = image
         if len(cams):
             evidence = heat(cams.max(0), image.shape[:2])               # (H, W, 3)
@@ -768,9 +768,9 @@ def write_clip_log(data, ids, folder):
     """
     lines = []
     for step, image_id in enumerate(ids):
-        with np.load(folder / "cams" / f"{image_id}.npz") as cams:
-            names = [data.classes[k] for k in cams["keys"]]
-            probs = [round(float(p), 6) for p in cams["probs"]]
+        cams = read_cams(folder / "cams" / f"{image_id}.npz")
+        names = [data.classes[k] for k in cams["keys"]]
+        probs = [round(float(p), 6) for p in cams["probs"]]
         unsure = (read_label(folder / "seeds" / f"{image_id}.png") == IGNORE).mean()
         line = {"step": step, "id": image_id, "probs": dict(zip(names, probs)),
                 "unsure": round(float(unsure), 4)}
@@ -1467,12 +1467,8 @@ class Log:
     """
 
     def __init__(self, path: Path, step: int):
-        lines = path.read_text().splitlines() if path.is_file() else []
-        kept = []
-        for line in lines:
-            if line.endswith("}") and json.loads(line)["step"] < step:  # the last may be cut off
-                kept.append(line + "\n")
-        write_text(path, "".join(kept))
+        kept = [line for line in read_log(path) if line["step"] < step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.path = path
 
     def __call__(self, step: int, lr: float, loss, terms: dict):
@@ -1638,6 +1634,7 @@ def open_run(args):
         raise ValueError(f"--crop {args.crop}: a multiple of 32 is expected")
     data = find_dataset(args.data)
     args.split = args.split or data.training_split()
+    note_leaks(data, args.split)
     machine = Machine(args.device, args.amp)
     if args.batch_size is not None and args.batch_size % machine.world:
         raise ValueError(f"--batch-size {args.batch_size}: must divide among {machine.world} "
@@ -1682,7 +1679,7 @@ def main():
     ids = data.ids(args.split, args.limit)
     labels = data.image_labels(ids)  # {id: class numbers from 1}
     if machine.main:
-        check_inputs(data, ids)
+        check_inputs(data, ids, image_labels=labels)
 
     folder = args.runs / data.name / "1_cam"
     digests = data.digests(args.split, labels=json.dumps(labels))

@@ -50,8 +50,8 @@ from tqdm import tqdm
 
 import clip
 from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, VOC_CLASSES, check_inputs, dataset_name,
-                  folder_digest, for_each, read_args, read_image, read_label, run, write_json,
-                  write_label, write_whole)
+                  folder_digest, for_each, label_path, photo_files, read_args, read_image,
+                  read_label, run, write_json, write_label, write_whole)
 from stage1_cam import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Machine, common_options,
                         crop_or_pad, dense_crf, fit, is_finished, load_clip, load_trained,
                         mark_finished, mark_unfinished, normalise, open_run, preview_ids,
@@ -887,7 +887,7 @@ class SeededImages(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, sample, 2])  # 2: another stream than stage 1's
         image_id, crop = self.ids[index], self.crop
         image = self.data.image(image_id)  # (H, W, 3)
-        path = self.seeds / f"{image_id}.png"
+        path = label_path(self.seeds, image_id)
         label = read_label(path, len(self.data.classes), image.shape[:2])  # (H, W)
 
         # Objects are shown half to twice as large as in the photo whose short side is the crop.
@@ -1183,13 +1183,7 @@ def write_all_masks(predict, data, lists, folder: Path, args, machine: Machine, 
 
 def mask_photos(predict, args, iters, checkpoint: Path, folder: Path, machine: Machine, crf):
     """`--images DIR`: write masks of a folder of photos to `folder`/images/<DIR's name>."""
-    paths = {}
-    for path in sorted(args.images.iterdir()):
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
-            if path.stem in paths:
-                raise ValueError(f"--images {args.images}: {path.name} and {paths[path.stem].name} "
-                                 "would share a mask; give them different names")
-            paths[path.stem] = path
+    paths = photo_files(args.images)
     if not paths:
         raise ValueError(f"--images {args.images}: no photos there (.jpg, .jpeg, .png)")
 
@@ -1490,8 +1484,9 @@ def preview(data, ids: list[str], args, folder: Path):
         row = [data.image(image_id)]
         for labels in (args.seeds, folder / "masks" / args.split):
             # With --checkpoint a run may have no seeds.
-            if (labels / f"{image_id}.png").is_file():
-                row.append(read_label(labels / f"{image_id}.png"))
+            path = label_path(labels, image_id)
+            if path.is_file():
+                row.append(read_label(path))
         rows.append(row + truth_pictures(data, image_id))
     write_preview(folder / "preview.png", rows)
 
@@ -1518,7 +1513,8 @@ def prepare(args):
         data.image_labels(lists[args.split])
     learned = training_ids(data, args, choose_switches(args.variant, args.set))
     if machine.main:
-        check_inputs(data, sorted(set(learned)), None if args.checkpoint else args.seeds)
+        seeds = None if args.checkpoint else args.seeds
+        check_inputs(data, sorted(set(learned)), seeds, data.known_labels(learned))
         for split in lists:
             if split != args.split:
                 check_inputs(data, lists[split])

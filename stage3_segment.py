@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from eval import IGNORE, check_inputs, dataset_name, folder_digest, read_label, run
+from eval import (IGNORE, check_inputs, dataset_name, folder_digest, label_path, read_args,
+                  read_label, run)
 from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, common_options,
                         crop_or_pad, fit, fix_batchnorm, load_trained, mark_finished, normalise,
                         open_run, poly, preview_ids, random_window, read_checkpoint, resnet,
@@ -115,7 +116,7 @@ class MaskedImages(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, sample, 3])
         image_id, crop = self.ids[index], self.crop
         image = self.data.image(image_id)  # (H, W, 3)
-        path = self.masks / f"{image_id}.png"
+        path = label_path(self.masks, image_id)
         mask = read_label(path, len(self.data.classes), image.shape[:2])  # (H, W)
 
         # Objects are shown half to one and a half times as large as in the photo. The released
@@ -246,7 +247,11 @@ def prepare(args):
         if args.masks.name.startswith("SegmentationClass"):
             print(f"--masks {args.masks}: true masks; "
                   "this run is an upper bound, not weakly supervised")
-        check_inputs(data, ids, args.masks)
+        # Predicted masks may have a class that the labels lack; most of them only if they are
+        # numbered otherwise, which masks of our own stages (with a record of it) never are.
+        foreign = not read_args(args.masks.parent.parent)
+        labels = data.known_labels(ids) if foreign else {}
+        check_inputs(data, ids, args.masks, labels, tolerated=0.5)
         # Photos that are only predicted need no mask.
         predicted = set().union(*lists.values())
         check_inputs(data, sorted(predicted - set(ids)))

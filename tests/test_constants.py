@@ -542,7 +542,7 @@ def test_defaults_of_stage_1(start, resnet_file, tmp_path, monkeypatch):
     write_text(folder / "classes.txt", "\n".join(CLASSES))
     write_text(folder / "ImageSets" / "Segmentation" / "trainaug.txt", "\n".join(ids))
     write_text(folder / "image_labels.txt", "\n".join(f"{i} cat" for i in ids))
-    monkeypatch.setattr(stage1, "check_inputs", lambda data, ids: None)
+    monkeypatch.setattr(stage1, "check_inputs", lambda data, ids, **options: None)
     for weights, lr in (("none", 0.01), (resnet_file, 0.1)):
         run = start(stage1, folder, "--weights", weights)
         assert (run.args.lr, run.args.iters, run.args.batch_size, run.args.crop) == (lr, 3305, 16, 512)
