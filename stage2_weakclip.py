@@ -174,16 +174,24 @@ class PyramidAdapter(nn.Module):
             nn.GroupNorm(1, width),
             nn.MaxPool2d(2))
 
-    def forward(self, levels: list[Tensor]) -> list[Tensor]:
-        """(B, C, 4h, 4w), (B, C, 2h, 2w), (B, C, h, w) and (B, C, h // 2, w // 2).
+    def before_last(self, levels: list[Tensor]) -> list[Tensor]:
+        """The pyramid before the last convolutions: levels 1 and 2 at half their resolution.
 
         levels: four (B, C, h, w), the tokens after 1/3, 1/2, 2/3 and all of CLIP's blocks.
         """
         return [
-            self.level1(levels[0]),  # (B, C, 4h, 4w)
-            self.level2(levels[1]),  # (B, C, 2h, 2w)
+            self.level1[:-1](levels[0]),  # (B, C, 2h, 2w)
+            self.level2[:-1](levels[1]),  # (B, C, h, w)
             self.level3(levels[2]),  # (B, C, h, w)
             self.level4(levels[3])]  # (B, C, h // 2, w // 2)
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        """The pyramid: (B, C, 4h, 4w), (B, C, 2h, 2w), (B, C, h, w), (B, C, h // 2, w // 2).
+
+        levels as in `before_last`.
+        """
+        x = self.before_last(levels)
+        return [self.level1[-1](x[0]), self.level2[-1](x[1]), x[2], x[3]]
 
 
 def resized_pyramid(levels: list[Tensor]) -> list[Tensor]:
@@ -253,7 +261,14 @@ class MultiHeadAttention(nn.Module):
         q = self.split_heads(self.q_proj(x))  # (B, heads, N, C / heads)
         k = self.split_heads(self.k_proj(memory))  # (B, heads, M, C / heads)
         v = self.split_heads(self.v_proj(memory))  # (B, heads, M, C / heads)
-        seen = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
+        if memory is x:
+            # Among 1,025 pixels the weights are a large matrix. The library never writes it out.
+            seen = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
+        else:
+            # Across, they are few, and are kept for backward. The library's kernel for a CPU
+            # computes them anew there, with up to 3 times the rounding error in gradients.
+            weights = (q / q.shape[3] ** 0.5 @ k.transpose(2, 3)).softmax(3)  # (B, heads, N, M)
+            seen = weights @ v  # (B, heads, N, C / heads)
         return self.drop(self.proj(seen.transpose(1, 2).flatten(2)))  # (B, N, C)
 
 
@@ -393,10 +408,16 @@ class TextGuidedDecoder(nn.Module):
         # The last convolution keeps torch's own start (4).
         self.classify = nn.Conv2d(head_channels, classes, 1)
 
-    def neck(self, pyramid: list[Tensor]) -> list[Tensor]:
+    def laterals(self, pyramid: list[Tensor]) -> list[Tensor]:
+        """Four (B, fpn_channels, ., .): the same channels for all levels, so that they add up.
+
+        pyramid: four (B, channels, ., .) at strides 4, 8, 16 and 32, each joined by the score map.
+        """
+        return [conv(level) for conv, level in zip(self.lateral, pyramid)]
+
+    def neck(self, laterals: list[Tensor]) -> list[Tensor]:
         """Four (B, fpn_channels, ., .), each with all coarser levels added to it."""
-        # 1x1 convolutions bring all levels to the same channels, so that they can be added.
-        x = [conv(level) for conv, level in zip(self.lateral, pyramid)]
+        x = list(laterals)
         # Top down. Upsampling goes to the finer level's size and not by a factor of 2, because a
         # grid of 33 tokens has 16 below it.
         for i in (2, 1, 0):
@@ -410,13 +431,39 @@ class TextGuidedDecoder(nn.Module):
         # On odd grids the coarser levels come out a little off and are resized to the finest.
         return x[0] + sum(resize(level, x[0].shape[2:]) for level in x[1:])
 
-    def forward(self, pyramid: list[Tensor]) -> Tensor:
-        """Logits (B, K, H/4, W/4).
-
-        pyramid: four (B, channels, ., .) at strides 4, 8, 16 and 32, each joined by the score map.
-        """
-        features = self.head(self.neck(pyramid))  # (B, head_channels, H/4, W/4)
+    def forward(self, laterals: list[Tensor]) -> Tensor:
+        """Logits (B, K, H/4, W/4), from what `laterals` or `WeakCLIP.adapted_laterals` returns."""
+        features = self.head(self.neck(laterals))  # (B, head_channels, H/4, W/4)
         return self.classify(self.drop(features))
+
+
+def resized_score(score: Tensor, size) -> Tensor:
+    """The score map (B, K, h, w) at a level's size (h, w): the raw cosine, not divided by the
+    temperature, with corners aligned (11)."""
+    return resize(score, size, align_corners=True)
+
+
+def lateral_of_upsampled(lateral: nn.Conv2d, up: nn.ConvTranspose2d, x: Tensor,
+                         score: Tensor | None) -> Tensor:
+    """lateral([up(x), score]) without the map up(x): (B, fpn_channels, 2h, 2w).
+
+    lateral: the decoder's 1x1 convolution of a level; up: the adapter's last one of that level;
+    x (B, C, h, w), what enters it; score (B, K, ., .), or None without text guidance.
+
+    Between the two nothing bends, so together they are one linear map, and its weight is their
+    product. That takes a third of the multiplications, and C channels at stride 4, the largest
+    map of all, never exist. Values and gradients of both weights are the same but for rounding.
+    """
+    C = up.out_channels
+    of_map = lateral.weight[:, :C, 0, 0]  # (fpn_channels, C)
+    weight = torch.einsum("icyx,fc->ifyx", up.weight, of_map)  # (C, fpn_channels, 2, 2)
+    bias = of_map @ up.bias + lateral.bias  # (fpn_channels,)
+    out = F.conv_transpose2d(x, weight, bias, stride=2)  # (B, fpn_channels, 2h, 2w)
+    if score is not None:
+        out = out + F.conv2d(resized_score(score, out.shape[2:]), lateral.weight[:, C:])
+    # CLIP's tokens keep the channels of a place side by side. There, torch adds up the statistics
+    # of BatchNorm one place after the other, and gradients behind it round 2 to 4 times as much.
+    return out.contiguous()
 
 
 # ===================================================================================== WeakCLIP
@@ -578,17 +625,28 @@ class WeakCLIP(nn.Module):
         return (text @ visual.transpose(1, 2)).unflatten(2, (h, w))  # (B, K, h, w)
 
     def join_score_map(self, pyramid: list[Tensor], score: Tensor) -> list[Tensor]:
-        """Text guidance: the pyramid with the score map as further channels, (B, C + K, ., .).
-
-        The raw cosine joins, not divided by the temperature, with corners aligned (11).
-        """
+        """Text guidance: the pyramid with the score map as further channels, (B, C + K, ., .)."""
         if not self.switches.text_guidance:
             return pyramid
         joined = []
         for level in pyramid:
-            resized = resize(score, level.shape[2:], align_corners=True)  # (B, K, ., .)
-            joined.append(torch.cat([level, resized], 1))
+            joined.append(torch.cat([level, resized_score(score, level.shape[2:])], 1))
         return joined
+
+    def adapted_laterals(self, levels: list[Tensor], score: Tensor) -> list[Tensor]:
+        """decoder.laterals(join_score_map(adapter(levels), score)): four (B, fpn_channels, ., .).
+
+        Computed in fewer steps on the two fine levels: see `lateral_of_upsampled`.
+        """
+        adapter, lateral = self.adapter, self.decoder.lateral
+        x = adapter.before_last(levels)
+        x3, x4 = self.join_score_map(x[2:], score)
+        guide = score if self.switches.text_guidance else None
+        return [
+            lateral_of_upsampled(lateral[0], adapter.level1[-1], x[0], guide),  # stride 4
+            lateral_of_upsampled(lateral[1], adapter.level2[-1], x[1], guide),  # stride 8
+            lateral[2](x3),  # stride 16
+            lateral[3](x4)]  # stride 32
 
     def forward(self, image: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (B, K, 4h, 4w), a quarter of the image's size, and score map (B, K, h, w).
@@ -600,8 +658,12 @@ class WeakCLIP(nn.Module):
         if text is None:
             text = self.encode_text()
         score = self.match(global_, dense, text)
-        pyramid = self.adapter(levels) if self.switches.adapter else resized_pyramid(levels)
-        return self.decoder(self.join_score_map(pyramid, score)), score
+        if self.switches.adapter:
+            laterals = self.adapted_laterals(levels, score)
+        else:
+            pyramid = self.join_score_map(resized_pyramid(levels), score)
+            laterals = self.decoder.laterals(pyramid)
+        return self.decoder(laterals), score
 
 
 # ======================================================================================= losses
