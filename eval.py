@@ -1828,9 +1828,9 @@ def read_cams(path: Path) -> dict[str, np.ndarray]:
     Raises ValueError for a damaged file. NumPy would believe what a file says of its sizes, and
     ask for the memory; here an array must be as large as its bytes.
     """
-    arrays = {}
+    arrays, content = {}, path.read_bytes()
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > CAM_BYTES:
                 raise ValueError("too large")
             for name in archive.namelist():
@@ -1841,8 +1841,6 @@ def read_cams(path: Path) -> dict[str, np.ndarray]:
             raise ValueError("no CAMs")
         if any(len(array) != len(keys) for array in arrays.values()):
             raise ValueError("not one of each for every class")
-    except OSError:
-        raise
     except Exception:  # zip, zlib and NumPy's reader raise many kinds
         raise ValueError(f"{path}: not a readable file of CAMs (damaged); remove it, and stage 1 "
                          "makes it again") from None
