@@ -818,15 +818,23 @@ def check_inputs(data: Dataset, ids: list[str], label_folder: Path | None = None
     # that one of the two was cropped or turned.
     def check(image_id):
         photo = read_photo(photos[image_id])
-        numbers = []
+        numbers, fault = None, None
         if labels.get(image_id):
-            label = read_label(labels[image_id], len(data.classes), photo.rgb.shape[:2])
-            numbers = np.unique(label).tolist()
-        return numbers, photo._replace(rgb=None)
-    checked = dict(zip(ids, for_each(check, ids, "checking inputs")))
-    note_conversions([photo for _, photo in checked.values()], data.root / "JPEGImages")
-    held = {labels[image_id]: (image_id, set(numbers))
-            for image_id, (numbers, _) in checked.items() if labels.get(image_id)}
+            try:
+                label = read_label(labels[image_id], len(data.classes), photo.rgb.shape[:2])
+                numbers = set(np.unique(label).tolist())
+            except ValueError as e:
+                fault = e
+        return photo._replace(rgb=None), numbers, fault
+    checked = for_each(check, ids, "checking inputs")
+    # Said before a refusal: that photos were turned may explain a mask of another size.
+    note_conversions([photo for photo, _, _ in checked], data.root / "JPEGImages")
+    held = {}
+    for image_id, (_, numbers, fault) in zip(ids, checked):
+        if fault:
+            raise fault
+        if numbers is not None:
+            held[labels[image_id]] = image_id, numbers
     compare_classes(data, held, image_labels or {}, tolerated)
 
 

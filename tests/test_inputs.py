@@ -1,6 +1,7 @@
 """Folders as people have them: what is read otherwise than it stands is said.
 
-What is unclear is refused in one line. Each kind of trouble has several cases, and so has each oddity of VOC and COCO, which must pass.
+What is unclear is refused in one line. Each kind of trouble has several cases, and so has each
+oddity of VOC and COCO, which must pass.
 """
 import re
 import shutil
