@@ -800,17 +800,7 @@ def check_inputs(data: Dataset, ids: list[str], label_folder: Path | None = None
     """
     # What is quick to know comes first: that every file is there is known before one is decoded.
     photos = {image_id: data.image_path(image_id) for image_id in ids}
-    if label_folder is not None:
-        labels = {image_id: label_path(label_folder, image_id) for image_id in ids}
-        missing = [image_id for image_id in ids if not labels[image_id].is_file()]
-        if missing:
-            raise ValueError(f"{label_folder}: {len(missing)} of {len(ids)} label PNGs missing, "
-                             f"first {missing[0]}.png; run the stage before on the same list, "
-                             "or name another folder")
-    elif image_labels is not None:
-        labels = {image_id: data.truth_path(image_id) for image_id in ids}
-    else:
-        labels = {}
+    labels = labels_to_check(data, ids, label_folder, image_labels)
     if label_folder is None or label_folder.name in TRUTH_FOLDERS:
         tolerated = TOLERATED
 
@@ -836,6 +826,22 @@ def check_inputs(data: Dataset, ids: list[str], label_folder: Path | None = None
         if numbers is not None:
             held[labels[image_id]] = image_id, numbers
     compare_classes(data, held, image_labels or {}, tolerated)
+
+
+def labels_to_check(data: Dataset, ids: list[str], label_folder: Path | None,
+                    image_labels: dict | None) -> dict[str, Path | None]:
+    """{id: label PNG} for check_inputs: of a folder, which must have all, or the true masks."""
+    if label_folder is None:
+        if image_labels is None:
+            return {}
+        return {image_id: data.truth_path(image_id) for image_id in ids}
+    labels = {image_id: label_path(label_folder, image_id) for image_id in ids}
+    missing = [image_id for image_id in ids if not labels[image_id].is_file()]
+    if missing:
+        raise ValueError(f"{label_folder}: {len(missing)} of {len(ids)} label PNGs missing, "
+                         f"first {missing[0]}.png; run the stage before on the same list, "
+                         "or name another folder")
+    return labels
 
 
 def note_conversions(photos: list[Photo], folder: Path):
