@@ -598,14 +598,23 @@ def test_class_maps_sum_four_scales_and_their_mirrors(monkeypatch):
 
 
 def test_imagenet_weights_are_torchvisions_first_with_their_hash_checked(monkeypatch):
-    asked = []
-    with torch.device("meta"):                                                        # sizes without memory
+    asked, read = [], []
+    with torch.device("meta"):                                        # sizes without memory
         state = torchvision.models.resnet50().state_dict()
-        download = lambda url, **options: asked.append((url, options)) or state
-        monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", download)
+
+        def cached_file(url, digest, folder):
+            asked.append((url, digest))
+            return folder / "compared"
+
+        def read_state_dict(path):                                    # the reader that runs nothing
+            read.append(path.name)
+            return state
+
+        monkeypatch.setattr(clip, "cached_file", cached_file)
+        monkeypatch.setattr(clip, "read_state_dict", read_state_dict)
         stage1.resnet("resnet50", "imagenet", (None, 1))
-    (url, options), = asked
-    assert url.endswith("/resnet50-0676ba61.pth") and options["check_hash"] and options["weights_only"]
+    (url, digest), = asked
+    assert url.endswith("/resnet50-0676ba61.pth") and digest == "0676ba61" and read == ["compared"]
 
 
 def test_seeds_have_a_background_of_15_hundredths():
