@@ -18,7 +18,9 @@ same rules. No network stands here, and no torch is needed but for --download.
 """
 import argparse
 import base64
+import contextlib
 import csv
+import errno
 import hashlib
 import importlib.util
 import io
@@ -26,6 +28,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import unicodedata
@@ -908,19 +911,51 @@ def write_whole(path: Path, write):
     """Call write(file) on a file beside `path`, then rename it: `path` exists whole or not at all.
 
     A run that is cut off thus leaves no half file behind, and "the file exists" can be taken for
-    "this piece of work is done" when the same command goes on.
+    "this piece of work is done" when the same command goes on. Raises OSError that names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The process's number is in the name, so two processes that write one file do not mix, and
     # the dot keeps `*.png` from finding it.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb") as f:
+                write(f)
+                # A rename may reach the disk before what it renames: a power cut would then leave
+                # a whole name on an empty file.
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part, path)  # atomic on one file system
+        finally:
+            part.unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path):
+    """A context in which an OSError says that `path` could not be written, and what to look at."""
     try:
-        with open(part, "wb") as f:
-            write(f)
-        os.replace(part, path)  # atomic on one file system
+        yield
+    except OSError as error:
+        fault = f"cannot be written ({error.strerror or error})"
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            fault += "; is the disk full? What was there before is unharmed"
+        raise OSError(f"{path}: {fault}") from None
+
+
+def flush_folder(folder: Path):
+    """Let a rename in `folder` reach the disk, where the system can open a folder for that."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows
+        return
+    try:
+        os.fsync(number)
+    except OSError:  # some network file systems
+        pass
     finally:
-        part.unlink(missing_ok=True)
+        os.close(number)
 
 
 def write_text(path: Path, text: str):
@@ -940,25 +975,75 @@ def note(text: str):
         print(" ".join(text.split()), file=sys.stderr)
 
 
-def stop(message):
-    """The user's mistakes end here: one line on stderr, exit status 2."""
+def stop(message, status: int = 2):
+    """What ends a command: one line on stderr, and the exit status, 2 for the user's mistakes."""
     print(" ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or SIGTERM, which a scheduler sends before it kills; `signal` is its number.
+
+    The text is what the user is told.
+    """
+
+    def __init__(self, number: int, text: str = "interrupted"):
+        super().__init__(text)
+        self.signal = number
+
+
+def interrupt(number, frame):
+    """The signals' handler while a command runs."""
+    raise Interrupted(number)
 
 
 def run(main):
-    """Run a script's main(); bad input (ValueError, OSError) becomes one line.
+    """Run a script's main(); what ends it early becomes one line and an exit status.
 
-    Functions raise and never exit, so that tests and other scripts can catch what they say.
+    2: bad input (ValueError, OSError), or what `fault_of` knows; 130: Ctrl-C; 143: SIGTERM, both as
+    shells count. Functions raise and never exit, so that tests and other scripts can catch what
+    they say. Whatever else is raised is a mistake of ours, and keeps its traceback.
     """
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, interrupt)
     try:
         main()
-    except OSError as e:
-        stop(f"{e.filename}: {e.strerror}" if e.filename else e)
-    except ValueError as e:
-        stop(e)
-    except KeyboardInterrupt:
-        stop("interrupted; the same command goes on from here")
+    except Interrupted as error:
+        stop(error, 128 + error.signal)
+    except Exception as error:
+        fault = fault_of(error)
+        if fault is None:
+            raise
+        stop(fault)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fault_of(error: Exception) -> str | None:
+    """What the user is told of an error; None if it is none of the user's."""
+    text = str(error)
+    # A process that loads images sends its error as a page of text whose end is the error itself.
+    sent = re.match(r"Caught (\w+) in DataLoader worker process", text)
+    if sent:
+        text = text.split(f"\n{sent[1]}: ")[-1]
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return ("a process that loads images was killed, most likely for want of memory; give "
+                "fewer --workers, or --workers 0, which needs none")
+    if is_out_of_memory(error):
+        return f"out of memory: {text.splitlines()[0] if text else 'no more to be had'}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return text if isinstance(error, (ValueError, OSError)) else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for a want of memory: Python's, or torch's, which has many names for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    names = ("out of memory", "not enough memory", "allocate memory", "bad_alloc")
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in names)
 
 
 # ================================================================================================

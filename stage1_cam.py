@@ -22,17 +22,25 @@ and what the lattice computes need to be written, explained and proven only once
 From `clip` come weight files read safely and their digests; from `eval` the dataset folder, label
 PNGs, and files that appear whole or not at all.
 """
+import os
+import signal
+
+if __name__ == "__main__":  # torch takes seconds to import: Ctrl-C then ends without a traceback
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+
 import argparse
 import contextlib
 import datetime
 import functools
+import io
 import itertools
 import json
 import math
-import os
+import platform
 import re
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -46,9 +54,15 @@ from torch import nn
 from tqdm import tqdm
 
 import clip
-from eval import (COCO_CLASSES, IGNORE, VOC_CLASSES, Dataset, check_inputs, colour_map,
-                  find_dataset, heat, note_leaks, read_args, read_cams, read_label, read_log,
-                  run, write_json, write_label, write_text, write_whole)
+from eval import (COCO_CLASSES, IGNORE, VOC_CLASSES, Dataset, Interrupted, check_inputs,
+                  colour_map, find_dataset, heat, interrupt, is_out_of_memory, naming, note_leaks,
+                  read_args, read_cams, read_label, read_log, run, write_json, write_label,
+                  write_text, write_whole)
+
+try:
+    import fcntl  # locks on files
+except ImportError:  # Windows
+    fcntl = None
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of grey levels 0..255, R G B
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -202,15 +216,26 @@ def write_seeds(make, data, ids, labels, machine, folder):
     make(image, classes) -> (arrays, label map), of either method; labels: {id: class numbers from
     1}. Each process of torchrun does its own share of the ids.
     """
-    for image_id in tqdm(machine.share(ids), desc="CAMs", disable=not machine.main):
-        cam_path = folder / "cams" / f"{image_id}.npz"
-        seed_path = folder / "seeds" / f"{image_id}.png"
-        if seed_path.is_file():  # the second of the two, so both are there
-            continue
-        arrays, seed = make(data.image(image_id), labels[image_id])
-        write_whole(cam_path, lambda f: np.savez_compressed(f, **arrays))
-        write_label(seed_path, seed)
+    with tqdm(machine.share(ids), desc="CAMs", disable=not machine.main) as bar:
+        for image_id in bar:
+            cam_path, seed_path = seed_files(folder, [image_id])
+            if is_whole(cam_path) and is_whole(seed_path):
+                continue
+            image = data.image(image_id)
+            with photo_faults(image_id, image, "a smaller photo"):
+                arrays, seed = make(image, labels[image_id])
+            write_whole(cam_path, lambda f: np.savez_compressed(f, **arrays))
+            write_label(seed_path, seed)
     machine.wait()
+
+
+def seed_files(folder: Path, ids: list[str]) -> list[Path]:
+    """What stage 1 writes for these ids: the CAMs and the seed of each."""
+    files = []
+    for image_id in ids:
+        files.append(folder / "cams" / f"{image_id}.npz")
+        files.append(folder / "seeds" / f"{image_id}.png")
+    return files
 
 
 # ------------------------------------------------------------------------------------- the backbone
@@ -1223,19 +1248,102 @@ MACHINE_OPTIONS = ("data", "runs", "overwrite", "device", "amp", "workers")
 FILE_OPTIONS = ("clip", "weights", "seeds", "masks", "checkpoint")
 
 
+@contextlib.contextmanager
+def work_on(folder: Path, args, machine):
+    """A context in which a stage's folder is this command's alone.
+
+    Two commands in one folder would each write half of its files. What killed runs have left lying
+    is cleared away first: whoever holds the folder knows that nobody is at work on it any more.
+    Raises ValueError that says who holds it; an interrupted command says how it goes on.
+    """
+    lock = take_lock(folder) if machine.main else None
+    try:
+        if machine.main:
+            clear_leftovers(folder)
+        machine.wait()
+        yield
+    except Interrupted as error:
+        if str(error) == "interrupted":
+            error = Interrupted(error.signal, f"interrupted; {the_same_command(args)} goes on")
+        raise error from None
+    finally:
+        if lock is not None:
+            lock_path(folder).unlink(missing_ok=True)  # while it is held: nobody else's is meant
+            lock.close()
+
+
+def the_same_command(args) -> str:
+    """In words, the command that goes on where this one stops: --overwrite would start afresh."""
+    return "the same command" + (" without --overwrite" if args.overwrite else "")
+
+
+def lock_path(folder: Path) -> Path:
+    """The lock of a folder lies beside it: --overwrite puts another folder in its place."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def take_lock(folder: Path):
+    """The open file that is the lock: the system lets go of it when its process ends, however.
+
+    None where the system has no such locks. Raises ValueError that says who has it.
+    """
+    if fcntl is None:
+        return None
+    path = lock_path(folder)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with naming(path):
+            lock = open(path, "a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "it does not say which"
+            raise ValueError(f"{folder}: another command is at work there ({holder}); let it end, "
+                             "or give another --runs") from None
+        except OSError:  # a file system without locks
+            lock.close()
+            return None
+        # whoever had it may have removed the file between our opening and our locking it
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            break
+        lock.close()
+    lock.truncate(0)
+    now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    lock.write(f"process {os.getpid()} on {platform.node()} since {now}")
+    lock.flush()
+    return lock
+
+
+def clear_leftovers(folder: Path):
+    """Remove what killed runs have left: half-written files, folders set aside to be deleted."""
+    for path in folder.rglob(".*.part"):
+        path.unlink()
+    for path in [*folder.parent.glob(f".{folder.name}.*.old"), *folder.glob(".*.old")]:
+        shutil.rmtree(path)
+
+
+def set_aside(folder: Path):
+    """Delete a folder, which is gone at one stroke: cut off, no half of it passes for a whole."""
+    if folder.exists():
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        folder.rename(aside)
+        shutil.rmtree(aside)
+
+
 def start_run(folder: Path, args, machine, digests: dict[str, str], mask_options=()):
     """Make or reopen a stage's folder; raise ValueError rather than mix two runs in one.
 
     digests: {what went in: its sha256}. mask_options: names of options that only change how masks
     are written from a finished model; stages 2 and 3 see to them. With --overwrite what is there is
-    deleted first.
+    deleted first; so is what a run has left that came to nothing.
     """
     options = {}
     for name, value in vars(args).items():
         options[name] = str(value) if isinstance(value, Path) else value
-    if args.overwrite and machine.main and folder.exists():
-        mark_unfinished(folder)  # if deleting is cut off, what is left passes for no result
-        shutil.rmtree(folder)
+    if machine.main and (args.overwrite or not holds_results(folder)):
+        set_aside(folder)
     machine.wait()
     before = read_args(folder)
     if before:
@@ -1247,6 +1355,14 @@ def start_run(folder: Path, args, machine, digests: dict[str, str], mask_options
             "options": options, "digests": digests, "commit": commit(),
             "device": machine.describe(), "versions": versions, "finished": False})
     machine.wait()
+
+
+def holds_results(folder: Path) -> bool:
+    """True if the folder has anything that took work: a checkpoint, a seed, a mask."""
+    for path in folder.rglob("*"):
+        if path.suffix in (".pt", ".png", ".npz"):
+            return True
+    return False
 
 
 def refuse_another_run(folder, before, options, digests, mask_options):
@@ -1280,13 +1396,32 @@ def set_provenance(folder: Path, facts: dict, options=()):
     write_json(folder / "args.json", record)
 
 
-def is_finished(folder: Path) -> bool:
-    """True if the stage's last act has been done in this folder: args.json has "finished": true.
+def is_finished(folder: Path, outputs: list[Path] = ()) -> bool:
+    """True if the stage's last act has been done in this folder, and all `outputs` are there.
 
-    Nothing else says so: a picture or a mask may be there from a run that was cut off. Older runs
-    lack the word and are taken up again, which is cheap: what exists is done.
+    The last act is "finished": true in args.json. Nothing else says so: a picture or a mask may be
+    there from a run that was cut off. Older runs lack the word and are taken up again, which is
+    cheap: what exists is done. And what was lost since, or emptied, is made again.
     """
-    return read_args(folder).get("finished", False)
+    return read_args(folder).get("finished", False) and all(map(is_whole, outputs))
+
+
+# the last bytes of a PNG, its end mark; the first of the last 22 of an npz, which is a zip archive
+ENDS = {".png": (8, b"IEND\xaeB`\x82"), ".npz": (22, b"PK\x05\x06")}
+
+
+def is_whole(path: Path) -> bool:
+    """True if a label PNG or an npz of ours is there and has its end: it is not empty, not cut.
+
+    So quick that a finished stage can look at all of its files, which reading them would not be.
+    """
+    length, mark = ENDS[path.suffix]
+    try:
+        with open(path, "rb") as f:
+            f.seek(-length, os.SEEK_END)
+            return f.read(len(mark)) == mark
+    except OSError:  # missing, or shorter than that
+        return False
 
 
 def mark_finished(folder: Path):
@@ -1306,12 +1441,39 @@ def mark_unfinished(folder: Path):
 def save_checkpoint(path, model, optimizer, step, facts, frozen):
     """Write all that iteration `step` and those after it depend on, but for the frozen weights.
 
-    frozen: prefixes of names that are left out; facts: what tells this run from another.
+    frozen: prefixes of names that are left out; facts: what tells this run from another. Raises
+    ValueError, and writes nothing, where a number of it is infinite or none.
     """
     weights = model.state_dict()
     state = {name: weights[name] for name in weights if not name.startswith(frozen)}
     value = dict(step=step, model=state, optimizer=optimizer.state_dict(), facts=facts)
-    write_whole(path, lambda f: torch.save(value, f))
+    check_finite(value, step)
+    # first to memory: torch's writer of archives has no words for a disk that is full
+    archive = io.BytesIO()
+    torch.save(value, archive)
+    write_whole(path, lambda f: f.write(archive.getbuffer()))
+
+
+def check_finite(value: dict, step: int):
+    """Raise ValueError if weights, buffers or the optimizer's state hold a NaN or an infinity.
+
+    The loss can be sound and the step after it not: a gradient overflows, a variance is zero. A NaN
+    never leaves the weights again, so a checkpoint that had one would be worth nothing.
+    """
+    tensors = dict(value["model"])
+    for number, moments in value["optimizer"]["state"].items():
+        for name, moment in moments.items():
+            if torch.is_tensor(moment):
+                tensors[f"optimizer's {name} of parameter {number}"] = moment
+    names = [name for name in tensors if tensors[name].is_floating_point()]
+    if not names:
+        return
+    device = tensors[names[0]].device  # Adam counts its steps on the CPU
+    sound = torch.stack([tensors[name].isfinite().all().to(device) for name in names])
+    if not sound.all():  # one answer for all of them, so a GPU is waited for once
+        bad = [name for name, fine in zip(names, sound.tolist()) if not fine]
+        raise ValueError(f"iteration {step - 1}: {first_names(bad)} became infinite or no number; "
+                         "nothing was saved since")
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -1376,10 +1538,11 @@ def resume(path, model, optimizer, facts, frozen) -> int:
 # worker that loads images has one too, each in another place. Functions have no state: there is
 # nothing to save and nothing to forget, and any one sample can be made again to be looked at.
 #
-# The order within an iteration: rate, batch, forward, loss, check, backward, average, step, log,
-# save. The check stands before the step, since a NaN that has reached the weights never leaves
-# them: so the last checkpoint is sound. The log comes before the checkpoint: a cut between the two
-# leaves lines too many, which are dropped and come again, and never a line too few.
+# The order within an iteration: rate, batch, forward, loss, backward, average, step, check, log,
+# save. The check comes once in LOG_EVERY iterations, since a GPU has to be waited for, and always
+# before a save: a NaN that has reached the weights never leaves them, so none is ever saved, and
+# the last checkpoint is sound. The log comes before the checkpoint: a cut between the two leaves
+# lines too many, which are dropped and come again, and never a line too few.
 
 SAVE_EVERY = 500  # iterations; what a cut costs at most
 LOG_EVERY = 10    # iterations
@@ -1409,7 +1572,13 @@ def load_batches(dataset, args, step, machine):
     plan = batch_plan(len(dataset), args.batch_size, args.seed, step, args.iters, machine)
     pinned = machine.device.type == "cuda"  # page-locked, so that a copy overlaps with computing
     return torch.utils.data.DataLoader(dataset, batch_sampler=plan, num_workers=args.workers,
-                                       pin_memory=pinned)
+                                       pin_memory=pinned, worker_init_fn=ignore_interrupt)
+
+
+def ignore_interrupt(worker: int):
+    """Ctrl-C reaches the processes that load images too; when to end is for the first to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, frozen=()):
@@ -1418,7 +1587,8 @@ def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, f
     dataset: item (index, sample number) -> tensors; losses(model, *batch) -> {name: scalar}, whose
     sum is minimised; rate(group, step) -> learning rate; facts: plain values that tell this run's
     checkpoint from another's; frozen: prefixes of names of parameters that neither train nor are
-    saved. Raises ValueError for a foreign checkpoint and where a loss is no number.
+    saved. Raises ValueError for a foreign checkpoint, where a loss is no number, and where memory
+    does not suffice.
     """
     path = folder / "checkpoint.pt"
     done = resume(path, model, optimizer, facts, frozen)
@@ -1427,36 +1597,124 @@ def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, f
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     machine.synchronise_batchnorm(model)
     log = Log(folder / "log.jsonl", done) if machine.main else None
-    bar = tqdm(total=args.iters, initial=done, desc=folder.name, disable=not machine.main)
     model.train()
-    for step, batch in enumerate(load_batches(dataset, args, done, machine), start=done):
-        torch.manual_seed((args.seed << 32) + step * machine.world + machine.rank)  # for dropout
-        for group in optimizer.param_groups:
-            group["lr"] = rate(group, step)
-        batch = [tensor.to(machine.device, non_blocking=True) for tensor in batch]
-        terms = losses(model, *batch)
-        loss = sum(terms.values())
-        check_loss(loss, terms, step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        machine.average_gradients(parameters)
-        optimizer.step()
-        last = step + 1 == args.iters
-        if machine.main and (last or step % LOG_EVERY == 0):
-            log(step, optimizer.param_groups[0]["lr"], loss, terms)
-        if machine.main and (last or (step + 1) % SAVE_EVERY == 0):
-            save_checkpoint(path, model, optimizer, step + 1, facts, frozen)
-        bar.update()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    bar = tqdm(total=args.iters, initial=done, desc=folder.name, disable=not machine.main)
+    with bar, training_faults(args, path), Postponed(machine) as signals:
+        recent = []  # losses that nobody has looked at
+        for step, batch in enumerate(load_batches(dataset, args, done, machine), start=done):
+            torch.manual_seed((args.seed << 32) + step * machine.world + machine.rank)  # dropout
+            for group in optimizer.param_groups:
+                group["lr"] = rate(group, step)
+            batch = [tensor.to(machine.device, non_blocking=True) for tensor in batch]
+            terms = losses(model, *batch)
+            loss = sum(terms.values())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            machine.average_gradients(parameters)
+            optimizer.step()
+            bar.update()
+            recent.append((step, loss.detach(), terms))
+            last = step + 1 == args.iters or signals.came
+            save = last or (step + 1) % SAVE_EVERY == 0
+            if save or step % LOG_EVERY == 0:
+                check_losses(recent)
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                recent.clear()
+            if machine.main and (step + 1 == args.iters or step % LOG_EVERY == 0):
+                log(step, optimizer.param_groups[0]["lr"], loss, terms)
+            if machine.main and save:
+                save_checkpoint(path, model, optimizer, step + 1, facts, frozen)
+            signals.end_if_any_came(f"{the_same_command(args)} goes on from iteration {step + 1}")
     machine.share_buffers(model)
 
 
-def check_loss(loss, terms, step):
-    """Raise ValueError that names every term if the loss is infinite or no number."""
-    if not torch.isfinite(loss):
-        values = {name: term.item() for name, term in terms.items()}
-        raise ValueError(f"iteration {step}: a loss is no number ({values}); "
-                         "the last checkpoint stands, try a smaller --lr")
+@contextlib.contextmanager
+def photo_faults(image_id: str, image: np.ndarray, mend: str):
+    """A context of work on one photo (H, W, 3): a want of memory is said with photo and mend."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        H, W = image.shape[:2]
+        raise ValueError(f"{image_id}: out of memory for a photo of {W}x{H} pixels; what helps: "
+                         f"{mend}, or more memory") from None
+
+
+def check_losses(recent: list):
+    """Raise ValueError that names the first iteration whose loss is infinite or no number.
+
+    recent: (iteration, loss, {name: term}) of each. They stay on the device till now: to look at a
+    loss is to wait for it, and a GPU that is waited for in every iteration idles in between.
+    """
+    sound = torch.stack([loss for _, loss, _ in recent]).isfinite().tolist()
+    for (step, _, terms), fine in zip(recent, sound):
+        if not fine:
+            values = {name: term.item() for name, term in terms.items()}
+            raise ValueError(f"iteration {step}: a loss is no number ({values})")
+
+
+@contextlib.contextmanager
+def training_faults(args, path: Path):
+    """A context of training: what can go wrong in it is said with the way out.
+
+    path: of the checkpoint, which is sound if it is there: nothing else is ever saved.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ValueError(f"out of memory with --batch-size {args.batch_size} --crop "
+                             f"{args.crop}: make one of them smaller; memory grows with the batch "
+                             "and with the crop's square") from None
+        if not str(error).startswith("iteration "):
+            raise
+        kept = ", and deletes the last checkpoint" if path.is_file() else ""
+        raise ValueError(f"{error}; try a smaller --lr, with --overwrite, which starts "
+                         f"afresh{kept}") from None
+    except KeyboardInterrupt as error:
+        if not isinstance(error, Interrupted):
+            raise
+        saved = read_checkpoint(path)["step"] if path.is_file() else 0
+        if str(error) == "interrupted":
+            error = Interrupted(error.signal, f"interrupted; {the_same_command(args)} goes on "
+                                              f"from iteration {saved}")
+        raise error from None
+
+
+class Postponed:
+    """A context in which a first Ctrl-C or SIGTERM waits for the end of the iteration.
+
+    So an interrupted run loses nothing. In several processes signals do not come in the same
+    iteration, and who stops alone leaves the others waiting: there they act at once, as ever.
+    """
+
+    def __init__(self, machine):
+        self.came = 0  # the signal's number
+        self.active = machine.world == 1 and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self):
+        self.before = {}
+        if self.active:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is interrupt:  # a command; not where others call `fit`
+                    self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        """The signals' handler."""
+        if self.came:
+            raise Interrupted(number)
+        self.came = number
+
+    def end_if_any_came(self, text: str):
+        """Raise Interrupted if a signal came; text: how the run goes on."""
+        if self.came:
+            raise Interrupted(self.came, f"interrupted; {text}")
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Log:
@@ -1503,10 +1761,13 @@ def thumbnail(picture, height):
     """A picture or label map at that height, with a white rim: (height + 4, w, 3) uint8."""
     if picture.ndim == 2:
         picture = colour_map()[picture]                                 # (H, W, 3)
-    width = max(1, round(picture.shape[1] * height / picture.shape[0]))
+    H, W = picture.shape[:2]
+    scale = min(height / H, 4 * height / W)  # a strip of 1 x 5000 would fill the memory else
+    h = max(1, round(H * scale))
+    w = max(1, round(W * scale))
     # nearest: two classes' colours must not blend into that of a third
-    small = np.asarray(Image.fromarray(picture).resize((width, height), Image.NEAREST))
-    return np.pad(small, ((2, 2), (2, 2), (0, 0)), constant_values=255)
+    small = np.asarray(Image.fromarray(picture).resize((w, h), Image.NEAREST))
+    return np.pad(small, ((2, 2 + height - h), (2, 2), (0, 0)), constant_values=255)
 
 
 def truth_pictures(data, image_id: str) -> list[np.ndarray]:
@@ -1691,20 +1952,24 @@ def main():
         args.lr = args.lr or (0.01 if args.weights == "none" else 0.1)
         args.iters = args.iters or 5 * max(1, len(ids) // args.batch_size)  # 5 epochs
         digests["weights"] = weights_digest(args.weights)
-    start_run(folder, args, machine, digests)
-    if is_finished(folder):
-        print(f"{folder}: finished; --overwrite starts afresh")
-        return
-
-    if args.method == "clip":
-        facts = seeds_from_clip(clip_model, data, ids, labels, machine, folder)
-    else:
-        facts = seeds_from_classifier(data, ids, labels, args, machine, folder)
-    if machine.main:
-        set_provenance(folder, facts)
-        preview(data, ids, folder)
-        mark_finished(folder)
-        print(f"{folder}: {len(ids)} seeds. Next: python stage2_weakclip.py --data {args.data}")
+    with work_on(folder, args, machine):
+        start_run(folder, args, machine, digests)
+        if is_finished(folder, seed_files(folder, ids)):
+            print(f"{folder}: finished; --overwrite starts afresh")
+            return
+        if machine.main:
+            mark_unfinished(folder)
+        machine.wait()
+        if args.method == "clip":
+            facts = seeds_from_clip(clip_model, data, ids, labels, machine, folder)
+        else:
+            facts = seeds_from_classifier(data, ids, labels, args, machine, folder)
+        if machine.main:
+            set_provenance(folder, facts)
+            preview(data, ids, folder)
+            mark_finished(folder)
+            print(f"{folder}: {len(ids)} seeds. "
+                  f"Next: python stage2_weakclip.py --data {args.data}")
 
 
 if __name__ == "__main__":

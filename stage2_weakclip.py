@@ -33,11 +33,16 @@ Numbers in brackets, such as (22), are rows of AUDIT.md.
 Shapes stand at the ends of lines: B images of a batch, K classes with background first, C channels,
 D channels of CLIP's embeddings, H W pixels, h w cells of a grid, N = h*w tokens.
 """
+import os
+import signal
+
+if __name__ == "__main__":  # torch takes seconds to import: Ctrl-C then ends without a traceback
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+
 import argparse
 import dataclasses
 import math
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,9 +58,10 @@ from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, VOC_CLASSES, check_inputs, d
                   folder_digest, for_each, label_path, photo_files, read_args, read_image,
                   read_label, run, write_json, write_label, write_whole)
 from stage1_cam import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Machine, common_options,
-                        crop_or_pad, dense_crf, fit, is_finished, load_clip, load_trained,
-                        mark_finished, mark_unfinished, normalise, open_run, preview_ids,
-                        read_checkpoint, set_provenance, start_run, truth_pictures, write_preview)
+                        crop_or_pad, dense_crf, fit, is_finished, is_whole, load_clip,
+                        load_trained, mark_finished, mark_unfinished, normalise, open_run,
+                        photo_faults, preview_ids, read_checkpoint, set_aside, set_provenance,
+                        start_run, truth_pictures, work_on, write_preview)
 
 # Temperature of the score map's cross entropy. A cosine differs by a few tenths between a class
 # that fits and one that does not; divided by 0.07 the difference is large enough for a softmax.
@@ -1211,21 +1217,32 @@ def write_masks(predict, ids: list[str], read, folder: Path, machine: Machine, c
     """
     # Where several processes run, each takes its share of the ids.
     share = machine.share(ids)
-    for image_id in tqdm(share, desc=f"masks {folder.name}", disable=not machine.main):
-        path = folder / f"{image_id}.png"
-        if path.is_file():
-            continue
-        image = read(image_id)
-        probs = predict(image)
-        mask, kept = mask_from(probs, image, crf, allowed[image_id] if allowed else None)
-        if probs_folder:
-            arrays = {"keys": kept.astype(np.uint8),
-                      "prob": probs[torch.as_tensor(kept)].cpu().numpy().astype(np.float16)}
-            write_whole(probs_folder / f"{image_id}.npz",
-                        lambda f: np.savez_compressed(f, **arrays))
-        # The mask comes last: where it exists, all else of this image exists too.
-        write_label(path, mask)
+    with tqdm(share, desc=f"masks {folder.name}", disable=not machine.main) as bar:
+        for image_id in bar:
+            if all(map(is_whole, mask_files(folder, [image_id], probs_folder))):
+                continue
+            image = read(image_id)
+            with photo_faults(image_id, image, "--no-crf, fewer or smaller --scales"):
+                probs = predict(image)
+                allowed_here = allowed[image_id] if allowed else None
+                mask, kept = mask_from(probs, image, crf, allowed_here)
+            if probs_folder:
+                arrays = {"keys": kept.astype(np.uint8),
+                          "prob": probs[torch.as_tensor(kept)].cpu().numpy().astype(np.float16)}
+                write_whole(probs_folder / f"{image_id}.npz",
+                            lambda f: np.savez_compressed(f, **arrays))
+            write_label(folder / f"{image_id}.png", mask)
     machine.wait()
+
+
+def mask_files(folder: Path, ids: list[str], probs_folder: Path | None) -> list[Path]:
+    """What `write_masks` writes for these ids."""
+    files = []
+    for image_id in ids:
+        files.append(folder / f"{image_id}.png")
+        if probs_folder:
+            files.append(probs_folder / f"{image_id}.npz")
+    return files
 
 
 def write_all_masks(predict, data, lists, folder: Path, args, machine: Machine, crf):
@@ -1259,16 +1276,17 @@ def mask_photos(predict, args, iters, checkpoint: Path, folder: Path, machine: M
     facts = mask_facts(args, iters)
     facts["checkpoint"] = clip.file_sha256(checkpoint)
     facts["photos"] = str(args.images.resolve())
-    if machine.main:
-        for_each(check, list(paths), "checking photos")
-        if read_args(out) != facts:
-            shutil.rmtree(out, ignore_errors=True)
-            write_json(out / "args.json", facts)
-    machine.wait()
-    write_masks(predict, list(paths), read, out, machine, crf,
-                probs_folder=out / "probs" if args.save_probs else None)
-    if machine.main:
-        print(f"{out}: {len(paths)} masks")
+    with work_on(out, args, machine):
+        if machine.main:
+            for_each(check, list(paths), "checking photos")
+            if read_args(out) != facts:
+                set_aside(out)
+                write_json(out / "args.json", facts)
+        machine.wait()
+        write_masks(predict, list(paths), read, out, machine, crf,
+                    probs_folder=out / "probs" if args.save_probs else None)
+        if machine.main:
+            print(f"{out}: {len(paths)} masks")
 
 
 def mask_facts(args, iters) -> dict:
@@ -1279,27 +1297,29 @@ def mask_facts(args, iters) -> dict:
 
 
 def masks_are_current(folder: Path, facts: dict, lists) -> bool:
-    """Whether the folder is finished, its masks made as `facts` says, and none missing.
+    """Whether the folder is finished, its masks made as `facts` says, and none missing or cut.
 
     lists: {split: ids} of the masks that are wanted.
     """
-    if not is_finished(folder) or read_args(folder).get("provenance") != facts:
-        return False
+    files = []
     for split, ids in lists.items():
-        for image_id in ids:
-            if not (folder / "masks" / split / f"{image_id}.png").is_file():
-                return False
-    return True
+        probs_folder = folder / "probs" / split if facts["save_probs"] else None
+        files += mask_files(folder / "masks" / split, ids, probs_folder)
+    return read_args(folder).get("provenance") == facts and is_finished(folder, files)
 
 
 def open_masks(folder: Path, facts: dict, args, machine: Machine):
-    """Before masks are written: drop what other options left, and note how they are made now."""
+    """Before masks are written: drop what other options left, and note how they are made now.
+
+    In this order a run may be cut off anywhere: first the word "finished" goes, then the old masks,
+    each folder at one stroke, and only then does the record name the new options. So what lies in
+    the folder was made as the record says, or is not there.
+    """
     if machine.main:
-        # First of all, so that a run cut off from here on is not taken for a finished one.
         mark_unfinished(folder)
         if read_args(folder).get("provenance") != facts:
-            shutil.rmtree(folder / "masks", ignore_errors=True)
-            shutil.rmtree(folder / "probs", ignore_errors=True)
+            set_aside(folder / "masks")
+            set_aside(folder / "probs")
             (folder / "preview.png").unlink(missing_ok=True)
             options = {name: getattr(args, name) for name in MASK_OPTIONS}
             set_provenance(folder, facts, options)
@@ -1601,24 +1621,24 @@ def main():
         model, facts = new_network(args, data, switches, machine)
         outputs = None
         inputs = {"clip": facts["clip"], "seeds": folder_digest(args.seeds, training_list)}
-    # Refuses to go on with what other options, lists, seeds or another CLIP began.
-    start_run(folder, args, machine, {**data.digests(*lists), **inputs}, MASK_OPTIONS)
-
     made = mask_facts(args, args.iters)
-    if masks_are_current(folder, made, lists):
-        print(f"{folder}: finished; --overwrite starts afresh")
-        return
-    open_masks(folder, made, args, machine)
-    if not args.checkpoint:
-        # Returns at once where the checkpoint is of the last iteration already.
-        train(model.to(machine.device), facts, data, learned, args, machine, folder)
-    predict = predictor(model, args, args.crop, machine, outputs)
-    write_all_masks(predict, data, lists, folder, args, machine, mask_crf(args))
-    if machine.main:
-        preview(data, training_list, args, folder)
-        mark_finished(folder)
-        print(f"{folder}: masks of {', '.join(lists)}. "
-              f"Next: python stage3_segment.py --data {args.data}")
+    with work_on(folder, args, machine):
+        # Refuses to go on with what other options, lists, seeds or another CLIP began.
+        start_run(folder, args, machine, {**data.digests(*lists), **inputs}, MASK_OPTIONS)
+        if masks_are_current(folder, made, lists):
+            print(f"{folder}: finished; --overwrite starts afresh")
+            return
+        open_masks(folder, made, args, machine)
+        if not args.checkpoint:
+            # Returns at once where the checkpoint is of the last iteration already.
+            train(model.to(machine.device), facts, data, learned, args, machine, folder)
+        predict = predictor(model, args, args.crop, machine, outputs)
+        write_all_masks(predict, data, lists, folder, args, machine, mask_crf(args))
+        if machine.main:
+            preview(data, training_list, args, folder)
+            mark_finished(folder)
+            print(f"{folder}: masks of {', '.join(lists)}. "
+                  f"Next: python stage3_segment.py --data {args.data}")
 
 
 if __name__ == "__main__":

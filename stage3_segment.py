@@ -18,6 +18,12 @@ left for this file is what makes stage 3 different: its network, its data and it
 Shapes stand at the ends of lines: B images of a batch, K classes with background first, C channels,
 H W pixels, h w of a resized photo.
 """
+import os
+import signal
+
+if __name__ == "__main__":  # torch takes seconds to import: Ctrl-C then ends without a traceback
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +36,7 @@ from eval import (IGNORE, check_inputs, dataset_name, folder_digest, label_path,
 from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, common_options,
                         crop_or_pad, fit, fix_batchnorm, load_trained, mark_finished, normalise,
                         open_run, poly, preview_ids, random_window, read_checkpoint, resnet,
-                        start_run, truth_pictures, weights_digest, write_preview)
+                        start_run, truth_pictures, weights_digest, work_on, write_preview)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_facts, mask_options,
                              mask_photos, masks_are_current, mean_cross_entropy, open_masks, resize,
                              resize_image, write_all_masks)
@@ -266,27 +272,28 @@ def main():
     data, machine, ids, lists = prepare(args)
     folder = args.runs / data.name / "3_segment"
     inputs = {"masks": folder_digest(args.masks, ids), "weights": weights_digest(args.weights)}
-    # Which lists are predicted changes nothing in the model: a finished run predicts further ones.
-    start_run(folder, args, machine, {**data.digests(args.split), **inputs},
-              (*MASK_OPTIONS, "predict"))
-
     made = mask_facts(args, args.iters)
-    if masks_are_current(folder, made, lists):
-        print(f"{folder}: finished; --overwrite starts afresh")
-        return
-    # What exists is done: where only masks are missing, `train` returns at once, and masks of
-    # lists that are there already stay.
-    open_masks(folder, made, args, machine)
-    torch.manual_seed(args.seed)
-    model = DeepLab(args.arch, args.weights, len(data.classes)).to(machine.device)
-    train(model, data, ids, args, machine, folder)
-    predict = predictor(model, args, machine)
-    write_all_masks(predict, data, lists, folder, args, machine, mask_crf(args, SEGMENT_CRF))
-    if machine.main:
-        split, predicted = next(iter(lists.items()))
-        preview(data, split, predicted, folder)
-        mark_finished(folder)
-        print(f"{folder}: masks of {', '.join(lists)}. Next: python eval.py --data {args.data}")
+    with work_on(folder, args, machine):
+        # Which lists are predicted changes nothing in the model: a finished run predicts others.
+        start_run(folder, args, machine, {**data.digests(args.split), **inputs},
+                  (*MASK_OPTIONS, "predict"))
+        if masks_are_current(folder, made, lists):
+            print(f"{folder}: finished; --overwrite starts afresh")
+            return
+        # What exists is done: where only masks are missing, `train` returns at once, and masks of
+        # lists that are there already stay.
+        open_masks(folder, made, args, machine)
+        torch.manual_seed(args.seed)
+        model = DeepLab(args.arch, args.weights, len(data.classes)).to(machine.device)
+        train(model, data, ids, args, machine, folder)
+        predict = predictor(model, args, machine)
+        write_all_masks(predict, data, lists, folder, args, machine, mask_crf(args, SEGMENT_CRF))
+        if machine.main:
+            split, predicted = next(iter(lists.items()))
+            preview(data, split, predicted, folder)
+            mark_finished(folder)
+            print(f"{folder}: masks of {', '.join(lists)}. "
+                  f"Next: python eval.py --data {args.data}")
 
 
 if __name__ == "__main__":
