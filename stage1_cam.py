@@ -1243,7 +1243,7 @@ def matmul_seconds(dtype, device) -> float:
 # how ("provenance"), which eval.py prints beside every score. Last of all comes "finished": true.
 
 # options that change where or how fast things happen, but not what comes out (beyond rounding)
-MACHINE_OPTIONS = ("data", "runs", "overwrite", "device", "amp", "workers")
+MACHINE_OPTIONS = ("data", "runs", "overwrite", "device", "amp", "workers", "deterministic")
 # options that name a file or folder: known by the digest of what it holds, wherever it lies
 FILE_OPTIONS = ("clip", "weights", "seeds", "masks", "checkpoint")
 
@@ -1585,10 +1585,8 @@ def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, f
     """Train `model`, from its checkpoint if there is one: the training loop of all stages.
 
     dataset: item (index, sample number) -> tensors; losses(model, *batch) -> {name: scalar}, whose
-    sum is minimised; rate(group, step) -> learning rate; facts: plain values that tell this run's
-    checkpoint from another's; frozen: prefixes of names of parameters that neither train nor are
-    saved. Raises ValueError for a foreign checkpoint, where a loss is no number, and where memory
-    does not suffice.
+    sum is minimised; rate(group, step) -> learning rate; facts: what tells this run's checkpoint
+    from another's; frozen: prefixes of names that neither train nor are saved. Raises ValueError.
     """
     path = folder / "checkpoint.pt"
     done = resume(path, model, optimizer, facts, frozen)
@@ -1612,19 +1610,21 @@ def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, f
             loss.backward()
             machine.average_gradients(parameters)
             optimizer.step()
-            bar.update()
             recent.append((step, loss.detach(), terms))
-            last = step + 1 == args.iters or signals.came
-            save = last or (step + 1) % SAVE_EVERY == 0
+            last = step + 1 == args.iters
+            came = signals.came  # asked once: what comes later waits for the next iteration
+            save = last or came or (step + 1) % SAVE_EVERY == 0
             if save or step % LOG_EVERY == 0:
                 check_losses(recent)
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                bar.update(len(recent))
                 recent.clear()
-            if machine.main and (step + 1 == args.iters or step % LOG_EVERY == 0):
+            if machine.main and (last or step % LOG_EVERY == 0):
                 log(step, optimizer.param_groups[0]["lr"], loss, terms)
             if machine.main and save:
                 save_checkpoint(path, model, optimizer, step + 1, facts, frozen)
-            signals.end_if_any_came(f"{the_same_command(args)} goes on from iteration {step + 1}")
+            if came:
+                raise Interrupted(came)
     machine.share_buffers(model)
 
 
@@ -1707,14 +1707,11 @@ class Postponed:
             raise Interrupted(number)
         self.came = number
 
-    def end_if_any_came(self, text: str):
-        """Raise Interrupted if a signal came; text: how the run goes on."""
-        if self.came:
-            raise Interrupted(self.came, f"interrupted; {text}")
-
-    def __exit__(self, *error):
+    def __exit__(self, kind, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.came and kind is None:  # after the last iteration
+            raise Interrupted(self.came)
 
 
 class Log:
@@ -1865,6 +1862,10 @@ def machine_options(parser):
     machine.add_argument("--workers", type=int, metavar="N",
                          help="processes that load images; more keep a fast device busy, each "
                               "takes memory [0 on a CPU, else up to 8]")
+    machine.add_argument("--deterministic", action="store_true",
+                         help="on a GPU: only operations that add in a fixed order, so that a run "
+                              "repeated on the same GPU is equal bit for bit; slower. A CPU needs "
+                              "no such option")
 
 
 def backbone_options(method, arch: str):
@@ -1896,6 +1897,10 @@ def open_run(args):
     data = find_dataset(args.data)
     args.split = args.split or data.training_split()
     note_leaks(data, args.split)
+    if args.deterministic:
+        # read by cuBLAS when it is first used: work space of its own for each stream
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     machine = Machine(args.device, args.amp)
     if args.batch_size is not None and args.batch_size % machine.world:
         raise ValueError(f"--batch-size {args.batch_size}: must divide among {machine.world} "
