@@ -1309,10 +1309,11 @@ def take_lock(folder: Path):
         if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
             break
         lock.close()
-    lock.truncate(0)
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    lock.write(f"process {os.getpid()} on {platform.node()} since {now}")
-    lock.flush()
+    with naming(path):
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()} since {now}")
+        lock.flush()
     return lock
 
 
@@ -1731,7 +1732,7 @@ class Log:
         line = {"step": step, "lr": round(lr, 8), "loss": round(loss.item(), 8)}
         for name, term in terms.items():
             line[name] = round(term.item(), 8)
-        with open(self.path, "a") as f:
+        with naming(self.path), open(self.path, "a") as f:
             f.write(json.dumps(line) + "\n")
 
 
