@@ -32,6 +32,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import glob
 import io
 import itertools
 import json
@@ -1321,7 +1322,8 @@ def clear_leftovers(folder: Path):
     """Remove what killed runs have left: half-written files, folders set aside to be deleted."""
     for path in folder.rglob(".*.part"):
         path.unlink()
-    for path in [*folder.parent.glob(f".{folder.name}.*.old"), *folder.glob(".*.old")]:
+    name = glob.escape(folder.name)  # a folder of photos may be called [1]
+    for path in [*folder.parent.glob(f".{name}.*.old"), *folder.glob(".*.old")]:
         shutil.rmtree(path)
 
 
