@@ -174,3 +174,8 @@ def test_the_chain_in_a_reduced_world(tmp_path, monkeypatch):
     toy.picture(tmp_path, 0, toy.SMALL, tmp_path / "chain.png")
     with Image.open(tmp_path / "chain.png") as drawn:
         assert drawn.size == (6 * 132, 16 + 4 * 132)
+
+
+def test_the_picture_of_the_readme_is_small():
+    assert "tests/chain.png" in (ROOT / "README.md").read_text()
+    assert (ROOT / "tests/chain.png").stat().st_size <= 200_000
