@@ -150,6 +150,17 @@ class World:
         return 0
 
 
+def plain(value):
+    """A checkpoint's value with the bytes of each tensor in its place."""
+    if torch.is_tensor(value):
+        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return value
+
+
 def contents(folder):
     """{file: digest of what it holds}; of args.json what must be the same in all runs."""
     found = {}
@@ -159,6 +170,9 @@ def contents(folder):
             record["options"].pop("overwrite")
             record.pop("commit")  # someone may commit while this runs
             found[str(path)] = json.dumps(record, sort_keys=True)
+        elif path.suffix == ".pt":
+            # every number, bit by bit; how pickle refers to equal names is no part of the state
+            found[str(path)] = hashlib.sha256(repr(plain(torch.load(path))).encode()).hexdigest()
         elif path.is_file():
             found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
