@@ -828,13 +828,15 @@ def write_clip_log(data, ids, folder):
 # Where both points have the value 1 comes 1.30 and 1.31. So the means around a and b are 6.40 and
 # 5.59; the exact filter has 6.57 and 5.43. In d dimensions nothing else changes: segments become
 # simplices (triangles, tetrahedra, ...) with d + 1 corners, and the blur goes along d + 1 axes.
+# (`test_the_worked_example` has these numbers.)
 
 class Lattice:
     """Gaussian filter exp(-|f - f'|^2 / 2) over P points with d features: splat, blur, slice.
 
     A call with values (B, P, K) returns them filtered, (B, P, K).
     features (B, P, d) float32: each of the B images has a lattice of its own, all are filtered in
-    one go. Each of the three steps is a sparse matrix, see `weighted_sums`.
+    one go. Each of the three steps is a sparse matrix, see `weighted_sums`. On a GPU the host waits
+    twice, for the span of the features and for the number M of vertices, and never in a call.
     Raises ValueError where the features span more lattice cells than 63 bits can number.
     """
 
@@ -851,7 +853,7 @@ class Lattice:
         point = torch.stack([row.indices for row in rows])  # (d+1, BP)
         is_first = torch.ones_like(corners, dtype=torch.bool)
         is_first[1:] = corners[1:] != corners[:-1]
-        first = is_first.nonzero()[:, 0]  # (M,) where a vertex starts; on a GPU the host waits here
+        first = is_first.nonzero()[:, 0]  # (M,) where a vertex starts
         vertex = is_first.cumsum(0, dtype=torch.int32).sub_(1).view(d + 1, B * P)
 
         # Splat: a vertex sums the points of its run. Row M has none: it stays 0, and stands for
@@ -1061,7 +1063,7 @@ def dense_crf(probs, image, gaussian=(3, 3), bilateral=(80, 13, 10), iterations=
     probs (B, K, H, W) positive, rows need not sum to one; image (B, 3, H, W) RGB 0..255;
     gaussian (sxy, weight), bilateral (sxy, srgb, weight), sxy in pixels, srgb in grey levels.
     Potts model: similar pixels raise each other's score of the class that they are of, different
-    classes do not interact. Raises ValueError where bandwidths are too fine or memory too short.
+    classes do not interact. Raises ValueError where bandwidths are too fine, and MemoryError.
     """
     B, K, H, W = probs.shape
     make = ExactFilter if exact else Lattice
@@ -1088,15 +1090,14 @@ def dense_crf(probs, image, gaussian=(3, 3), bilateral=(80, 13, 10), iterations=
 
 @contextlib.contextmanager
 def memory_for(what, size):
-    """Inside, memory that runs out is a ValueError of one line: what needs about how many bytes."""
+    """Inside, a want of memory is a MemoryError of one line: what needs about how many bytes."""
     try:
         yield
-    except (RuntimeError, MemoryError) as e:  # torch.OutOfMemoryError is a RuntimeError
-        if isinstance(e, RuntimeError) and not re.search("out of memory|not enough memory|"
-                                                         "allocate memory", str(e)):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        raise ValueError(f"{what}: out of memory, about {size / 2 ** 30:.1f} GiB "
-                         "are needed") from None
+        raise MemoryError(f"{what}: out of memory, about {size / 2 ** 30:.1f} GiB "
+                          "are needed") from None
 
 
 # ======================================= III. engine room of all stages, to skip at a first reading
