@@ -14,7 +14,8 @@ In this order: I the dataset folder and its label PNGs, II how VOC 2012 and COCO
 it, III scores, IV the report page, V the command line. Who looks for the mIoU reads III alone.
 Every stage imports part I, so that photos, lists and labels are read and refused in one way
 everywhere; and part III's `read_args`, because a run's record must be written and read by the
-same rules. No network stands here, and no torch is needed but for --download.
+same rules. No neural network stands here, and no torch is needed but for --download. Numbers in
+brackets, such as (32), are findings in AUDIT.md's ledger.
 """
 import argparse
 import base64

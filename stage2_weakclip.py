@@ -28,7 +28,8 @@ not at hand. Lines are marked # PAPER, # RELEASED or # GUESS:
   PAPER     the abstract, or what is plainly meant
   RELEASED  the released code does otherwise; the field of `Switches` that chooses is named
   GUESS     both are silent: what we chose, and why
-Numbers in brackets, such as (22), are rows of AUDIT.md.
+Numbers in brackets, such as (22), are findings: the column "no." of AUDIT.md's ledger, not the
+places in its list of ten surprises.
 
 Shapes stand at the ends of lines: B images of a batch, K classes with background first, C channels,
 D channels of CLIP's embeddings, H W pixels, h w cells of a grid, N = h*w tokens.
@@ -76,7 +77,8 @@ class Switches:
     """What can be chosen about the method. The defaults are `--variant paper`.
 
     `--variant released` is the preset of that name below. `--set field=value` changes one field,
-    to study what a part of the paper, or a surprise of the released code, does.
+    to study what a part of the paper, or a surprise of the released code, does. The list is to come
+    back to: each field is explained where it acts, at its name.
     """
     # Where the released code parts from the abstract, or from what is plainly meant.
     freeze_clip: bool = True  # (1) released: CLIP trains, at a rate that rises from 0 to 1e-6
@@ -85,14 +87,15 @@ class Switches:
     chain_coattention: bool = True  # (8) released: every layer of a stack gets the stack's input
     class_embedding_once: bool = True  # (10) released: added twice to the class token
     positions_resized_once: bool = True  # (10) released: CLIP's grid -> training's -> the window's
-    aligned: bool = True  # (22) released: image, logits and labels are up to 3.5 pixels apart
+    # (22) image, logits and labels meet (not torch's align_corners); released: 3.5 pixels apart
+    aligned: bool = True
     score_loss_over_valid: bool = True  # (24) released: divided by all pixels, unsure ones too
     clip_normalisation: bool = True  # (26) released: ImageNet's mean and standard deviation
     train_listed_twice: bool = False  # (27) released: VOC's 1,464 train images count twice
     pad_windows: bool = True  # (30) released: windows lose columns beyond a multiple of 16
 
     # For study: the parts of the paper, and its constants.
-    prompts: bool = True  # learnable contexts before the class name
+    prompts: bool = True  # learnable vectors (contexts) before the class name
     adapter: bool = True  # False: the four levels are plain resizes of CLIP's grids
     coattention: bool = True  # False: score map of the unchanged pixel features and texts
     text_guidance: bool = True  # False: the score map does not enter the decoder
@@ -183,7 +186,9 @@ class PyramidAdapter(nn.Module):
     def before_last(self, levels: list[Tensor]) -> list[Tensor]:
         """The pyramid before the last convolutions: levels 1 and 2 at half their resolution.
 
-        levels: four (B, C, h, w), the tokens after 1/3, 1/2, 2/3 and all of CLIP's blocks.
+        Split off so that the last convolutions can be merged with the decoder's first ones, see
+        `lateral_of_upsampled`. levels: four (B, C, h, w), the tokens after 1/3, 1/2, 2/3 and all of
+        CLIP's blocks.
         """
         return [
             self.level1[:-1](levels[0]),  # (B, C, 2h, 2w)
@@ -214,7 +219,8 @@ def resized_pyramid(levels: list[Tensor]) -> list[Tensor]:
 # CLIP was trained on captions, and a bare class name is no caption. People write templates around
 # it ("a photo of a {}"); here the words around the name are vectors that are trained with the rest.
 # They suit the task rather than the English language. The text encoder itself stays frozen: the
-# gradient passes through it to the vectors, 4,096 numbers in all.
+# gradient passes through it to the vectors, 4,096 numbers in all. Here are only the names' token
+# ids; the vectors are `WeakCLIP.contexts`, put before the names in `WeakCLIP.encode_text`.
 
 def name_tokens(classes, context_length: int, prompts: int = 8) -> Tensor:
     """Token ids (K, L) int64 of the class names: [start, name, end, 0 ...].
@@ -241,7 +247,8 @@ def name_tokens(classes, context_length: int, prompts: int = 8) -> Tensor:
 # stacks return is added to CLIP's features with a small weight, so training starts near CLIP.
 #
 # Texts and pixels can be compared at all because CLIP projects both into one space. There, a photo
-# has one global embedding, of its class token, and dense embeddings, one of each patch.
+# has one global embedding, of its class token, and dense embeddings, one of each patch: the
+# "pixels" of this section.
 
 class MultiHeadAttention(nn.Module):
     """softmax(q k' / sqrt(C / heads)) v, then a projection.
@@ -268,7 +275,8 @@ class MultiHeadAttention(nn.Module):
         k = self.split_heads(self.k_proj(memory))  # (B, heads, M, C / heads)
         v = self.split_heads(self.v_proj(memory))  # (B, heads, M, C / heads)
         if memory is x:
-            # Among 1,025 pixels the weights are a large matrix. The library never writes it out.
+            # Among 1 + 32 * 32 tokens of a 512 crop the weights are a large matrix. The library
+            # never writes it out.
             seen = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
         else:
             # Across, they are few, and are kept for backward. The library's kernel for a CPU
@@ -318,7 +326,8 @@ class CoAttention(nn.Module):
                  dropout: float = 0.1):
         super().__init__()
         self.chain = chain
-        # Both sides are projected from CLIP's width to a smaller one, and back at the end.
+        # Both sides are projected from CLIP's embedding (D = 512 for ViT-B/16) to `width` (256),
+        # and back at the end. Only the visual side ends in a LayerNorm: as released (9).
         self.visual_in = nn.Sequential(
             nn.LayerNorm(channels), nn.Linear(channels, width), nn.LayerNorm(width))
         self.text_in = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
@@ -382,7 +391,9 @@ class TextGuidedDecoder(nn.Module):
 
     A feature pyramid (Lin et al., CVPR 2017) carries meaning down from coarse levels to fine ones.
     The Semantic-FPN head (Kirillov et al., CVPR 2019) then lets every level climb to stride 4 by
-    convolutions and steps x2, and sums the four.
+    convolutions and steps x2, and sums the four. `forward` starts behind the first convolutions,
+    `laterals`, because `WeakCLIP.adapted_laterals` computes them in fewer steps; the plain form is
+    decoder(decoder.laterals(pyramid)).
     # PAPER text guidance on every level.
     """
 
@@ -404,14 +415,15 @@ class TextGuidedDecoder(nn.Module):
                     steps.append(ConvNormReLU(head_channels, head_channels))
                 steps.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
             self.climb.append(nn.Sequential(*steps))
-        # He's start over fan-out, as the released code's building block has it (4).
+        # Kaiming He's initialisation over fan-out, as the released code's building block has
+        # it (4).
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.drop = nn.Dropout2d(0.1)
-        # The last convolution keeps torch's own start (4).
+        # The last convolution keeps torch's default initialisation (4).
         self.classify = nn.Conv2d(head_channels, classes, 1)
 
     def laterals(self, pyramid: list[Tensor]) -> list[Tensor]:
@@ -467,8 +479,8 @@ def lateral_of_upsampled(lateral: nn.Conv2d, up: nn.ConvTranspose2d, x: Tensor,
     out = F.conv_transpose2d(x, weight, bias, stride=2)  # (B, fpn_channels, 2h, 2w)
     if score is not None:
         out = out + F.conv2d(resized_score(score, out.shape[2:]), lateral.weight[:, C:])
-    # CLIP's tokens keep the channels of a place side by side. There, torch adds up the statistics
-    # of BatchNorm one place after the other, and gradients behind it round 2 to 4 times as much.
+    # `to_grid` only transposes, so maps come in channels-last memory. In that layout the gradients
+    # behind BatchNorm (the next is in the decoder's head) round 2 to 4 times as much.
     return out.contiguous()
 
 
@@ -522,7 +534,8 @@ class WeakCLIP(nn.Module):
             heads = coattention_heads or max(1, coattention_width // 64)
             self.coattention = CoAttention(
                 channels, coattention_width, heads, switches.chain_coattention)
-            # How much of it is added, per channel. At 0.1 the first score map is nearly CLIP's.
+            # How much is added per channel: gamma to the texts, beta to the pixels. At 0.1 the
+            # first score map is nearly CLIP's.
             self.gamma = nn.Parameter(0.1 * torch.ones(channels))
             self.beta = nn.Parameter(0.1 * torch.ones(channels))
         level_channels = width + K if switches.text_guidance else width
@@ -674,9 +687,11 @@ class WeakCLIP(nn.Module):
 
 # ======================================================================================= losses
 # There is no true mask to learn from, only seeds: right in the middle of objects, wrong or unsure
-# near their ends. Each of the three losses covers what another one cannot see. The first two are
-# taken at an eighth of the image's size: the CRF runs at every step, and its time grows with the
-# number of pixels.
+# near their ends. Each of three losses (seeding, boundary, score) covers what another cannot see;
+# `weakclip_losses` adds them up. Seeding and boundary are taken at an eighth of the image's size,
+# because the dense CRF runs at every step. For now: a dense CRF redraws probabilities so that near
+# and like-coloured pixels agree (stage 1, part II). The default seeds of stage 1 leave nothing
+# unsure; padding, and seeds of other methods, do.
 
 def loss_probs(logits: Tensor, size, aligned=True) -> Tensor:
     """Class probabilities (B, K, h, w) at the losses' resolution, bounded away from zero.
@@ -716,6 +731,7 @@ def crf_image(image: Tensor, size, mean, std, aligned=True) -> Tensor:
         x = x.float().to(image.device)
     mean = torch.tensor(mean, device=x.device)[:, None, None]  # (3, 1, 1)
     std = torch.tensor(std, device=x.device)[:, None, None]
+    # Cut, not rounded, in both variants, as the released code does (22).
     return (x * std + mean).clamp(0, 255).to(torch.uint8)
 
 
@@ -1170,8 +1186,9 @@ def predictor(model: WeakCLIP, args, crop: int, machine: Machine, outputs=None):
 
 
 # ================================================================================= pseudo masks
-# The network has seen seeds of these very images, and yet its masks are better than they: what
-# seeds get wrong differs from image to image and cannot be learned, what they get right repeats.
+# The network has seen seeds of these very images, and yet its masks can be better than they: what
+# seeds get wrong in one image and not in the next is hard to learn, what they get right repeats. An
+# error that all seeds share stays, unless CLIP or the CRF speaks against it.
 # A last dense CRF, at full resolution, brings the ends of the masks to the image's edges. All
 # this serves stage 3 as well, whose masks are made of its own network's probabilities.
 
@@ -1259,6 +1276,9 @@ def write_all_masks(predict, data, lists, folder: Path, args, machine: Machine, 
         write_masks(predict, ids, data.image, folder / "masks" / split, machine, crf, allowed,
                     probs_folder)
 
+
+# From here on bookkeeping, to skip at a first reading: which masks are current, which options made
+# them, and masks of one's own photos.
 
 def mask_photos(predict, args, iters, checkpoint: Path, folder: Path, machine: Machine, crf):
     """`--images DIR`: write masks of a folder of photos to `folder`/images/<DIR's name>."""
@@ -1536,7 +1556,7 @@ def parse_args(argv=None):
              "masks [stage 1's]")
     method.add_argument(
         "--variant", choices=("paper", "released"), default="paper",
-        help="the abstract, or the released code to the letter [%(default)s]")
+        help="the abstract, or the released code wherever a switch exists [%(default)s]")
     fields = ", ".join(field.name for field in dataclasses.fields(Switches))
     method.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE",

@@ -408,8 +408,14 @@ class Dying(Samples):
         return super().__getitem__(item)
 
 
-def test_a_killed_process_that_loads_is_one_line(tmp_path, capsys):
-    assert "--workers 0" in said_of(capsys, lambda: fit(tmp_path, square, Dying(), 1))
+def test_a_killed_process_that_loads_is_one_line(tmp_path):
+    """In a process of its own: torch tells of a killed one by a signal, at any later time."""
+    code = ("import sys; from pathlib import Path; import test_faults as t\n"
+            "t.evaluation.run(lambda: t.fit(Path(sys.argv[1]), t.square, t.Dying(), 1))")
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True,
+                           cwd=Path(__file__).parent)
+    last = ended.stderr.replace("\r", "\n").strip().splitlines()[-1]
+    assert ended.returncode == 2 and "--workers 0" in last, ended.stderr
 
 
 if __name__ == "__main__":
