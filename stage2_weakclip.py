@@ -56,8 +56,8 @@ from tqdm import tqdm
 
 import clip
 from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, VOC_CLASSES, check_inputs, dataset_name,
-                  folder_digest, for_each, label_path, photo_files, read_args, read_image,
-                  read_label, run, write_json, write_label, write_whole)
+                  folder_digest, for_each, label_path, overlay, photo_files, read_args,
+                  read_image, read_label, run, write_json, write_label, write_whole)
 from stage1_cam import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Machine, common_options,
                         crop_or_pad, dense_crf, fit, is_finished, is_whole, load_clip,
                         load_trained, mark_finished, mark_unfinished, normalise, open_run,
@@ -159,6 +159,18 @@ def resize(x: Tensor, size, align_corners=False) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
 
 
+class GridNorm(nn.GroupNorm):
+    """GroupNorm of a grid (B, C, h, w) whose channels lie side by side in memory, as tokens' do.
+
+    torch up to 2.8 breaks down on a CPU in its gradient for that layout where x has none, as below
+    the frozen CLIP. So it is computed in the other layout; the convolutions like this one better.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w), normalised."""
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
 class PyramidAdapter(nn.Module):
     """Four grids of one stride -> a pyramid of strides 4, 8, 16 and 32; 7.1 M parameters.
 
@@ -170,17 +182,17 @@ class PyramidAdapter(nn.Module):
         # GroupNorm with one group brings every level to the same scale: CLIP's residual stream
         # grows with depth. A transposed convolution then doubles the resolution and learns how.
         self.level1 = nn.Sequential(
-            nn.GroupNorm(1, width),
+            GridNorm(1, width),
             nn.ConvTranspose2d(width, width, 2, stride=2),
             nn.BatchNorm2d(width),
             nn.GELU(),
             nn.ConvTranspose2d(width, width, 2, stride=2))
         self.level2 = nn.Sequential(
-            nn.GroupNorm(1, width),
+            GridNorm(1, width),
             nn.ConvTranspose2d(width, width, 2, stride=2))
-        self.level3 = nn.GroupNorm(1, width)
+        self.level3 = GridNorm(1, width)
         self.level4 = nn.Sequential(
-            nn.GroupNorm(1, width),
+            GridNorm(1, width),
             nn.MaxPool2d(2))
 
     def before_last(self, levels: list[Tensor]) -> list[Tensor]:
@@ -1280,8 +1292,13 @@ def write_all_masks(predict, data, lists, folder: Path, args, machine: Machine, 
 # From here on bookkeeping, to skip at a first reading: which masks are current, which options made
 # them, and masks of one's own photos.
 
-def mask_photos(predict, args, iters, checkpoint: Path, folder: Path, machine: Machine, crf):
-    """`--images DIR`: write masks of a folder of photos to `folder`/images/<DIR's name>."""
+def mask_photos(predict, args, iters, checkpoint: Path, folder: Path, machine: Machine, crf,
+                classes):
+    """`--images DIR`: write masks of a folder of photos to `folder`/images/<DIR's name>.
+
+    <name>.png holds class numbers; <name>.jpg beside it is to be looked at: the photo with its mask
+    laid over it and the names of `classes` on it.
+    """
     paths = photo_files(args.images)
     if not paths:
         raise ValueError(f"--images {args.images}: no photos there (.jpg, .jpeg, .png)")
@@ -1305,8 +1322,13 @@ def mask_photos(predict, args, iters, checkpoint: Path, folder: Path, machine: M
         machine.wait()
         write_masks(predict, list(paths), read, out, machine, crf,
                     probs_folder=out / "probs" if args.save_probs else None)
+        for name in machine.share(list(paths)):
+            label = read_label(out / f"{name}.png", len(classes))
+            picture = Image.fromarray(overlay(read(name), label, classes, 800))
+            write_whole(out / f"{name}.jpg", lambda f: picture.save(f, "JPEG", quality=90))
+        machine.wait()
         if machine.main:
-            print(f"{out}: {len(paths)} masks")
+            print(f"{out}: {len(paths)} masks (.png), and pictures to look at (.jpg)")
 
 
 def mask_facts(args, iters) -> dict:
@@ -1435,6 +1457,7 @@ def open_checkpoint(path: Path, args, machine: Machine, classes=None):
     switches = Switches(**facts["switches"])
     tokens = name_tokens(facts["classes"], clip_model.context_length)
     model = WeakCLIP(clip_model, tokens, switches, facts["crop"])
+    model.classes = facts["classes"]  # names of what it tells apart, for those who look at masks
     load_trained(model, saved["model"], ("clip.",) if switches.freeze_clip else ())
     return model, facts["crop"], saved["step"], None
 
@@ -1465,6 +1488,7 @@ def open_released(path: Path, saved: dict, args, classes=None):
     context_length = len(state.get("text_encoder.positional_embedding", ()))
     tokens = name_tokens(names, context_length, prompts=state["contexts"].shape[1])
     model = from_released(state, tokens, choose_switches("released", args.set))
+    model.classes = classes
     meta = saved.get("meta")
     step = meta.get("iter") if isinstance(meta, dict) else None
     return model, model.crop, step if type(step) is int else None, outputs
@@ -1576,7 +1600,7 @@ def label_photos(args):
     path = args.checkpoint or folder / "checkpoint.pt"
     model, crop, iters, outputs = open_checkpoint(path, args, machine)
     predict = predictor(model, args, crop, machine, outputs)
-    mask_photos(predict, args, iters, path, folder, machine, mask_crf(args))
+    mask_photos(predict, args, iters, path, folder, machine, mask_crf(args), model.classes)
 
 
 def preview(data, ids: list[str], args, folder: Path):

@@ -223,7 +223,8 @@ def label_photos(args):
     model = DeepLab(facts["arch"], "none", len(facts["classes"]))
     load_trained(model, saved["model"])
     predict = predictor(model, args, machine)
-    mask_photos(predict, args, saved["step"], path, folder, machine, mask_crf(args, SEGMENT_CRF))
+    mask_photos(predict, args, saved["step"], path, folder, machine, mask_crf(args, SEGMENT_CRF),
+                facts["classes"])
 
 
 def preview(data, split: str, ids: list[str], folder: Path):

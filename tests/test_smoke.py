@@ -267,6 +267,8 @@ def test_a_folder_of_photos_needs_no_dataset(chain, call, tmp_path):
         out = folder / stage / "images" / "holiday"
         assert "2 masks" in call(name, *given)
         assert read_label(out / "beach.png", 4).shape == (50, 71) and read_label(out / "snow.png", 4).shape == (90, 40)
+        with Image.open(out / "beach.jpg") as picture:  # to be looked at: the mask over its photo
+            assert max(picture.size) == 800
         time = (out / "snow.png").stat().st_mtime_ns
         call(name, *given)
         assert (out / "snow.png").stat().st_mtime_ns == time  # what exists is done
