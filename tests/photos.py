@@ -1,0 +1,158 @@
+"""Stage 2 on real photos, scored beside the baselines that any network must beat.
+
+run     python tests/photos.py --data DIR --split train --out scores.json --seeds DIR
+        python tests/photos.py --data DIR --split train --out scores.json --checkpoint FILE \\
+            --clip FILE
+reads   a dataset's folder with true masks; seeds as label PNGs, or a checkpoint of stage 2 and its
+        CLIP
+writes  --out: {"rows": {name: {"n", "miou", "iou": {class: percent}}}}; rows are added
+
+Each photo passes the network once, and every way of making a mask of its probabilities is scored
+from that: raw, with the CRF, with the image-label filter, with both. True masks are looked at for
+the scores only.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eval import (IGNORE, confusion, find_dataset, label_path, read_label, run, scores,
+                  write_json)
+from stage1_cam import Machine
+from stage2_weakclip import MASK_CRF, mask_from, open_checkpoint, predictor
+
+# Of a seed's own label, where the CRF starts from seeds alone. GUESS the usual one for hard labels
+CERTAINTY = 0.7
+
+
+def seed_probabilities(seed, classes):
+    """Seed (H, W) -> probabilities (K, H, W).
+
+    0.7 for a pixel's own label; the seed's other labels share 0.3. Where the seed is unsure (255)
+    its labels are equally likely. A class that the seed lacks has 0 and never wins.
+    """
+    present = [k for k in np.unique(seed) if k != IGNORE]
+    probs = torch.zeros(classes, *seed.shape)
+    for k in present:
+        own = CERTAINTY if len(present) > 1 else 1.0
+        other = (1 - CERTAINTY) / max(1, len(present) - 1)
+        values = np.select([seed == k, seed == IGNORE], [own, 1 / len(present)], other)
+        probs[int(k)] = torch.from_numpy(values)
+    return probs  # (K, H, W)
+
+
+def masks_of(name, probs, image, allowed):
+    """{row: mask (H, W)}: what can be made of one photo's class probabilities (K, H, W)."""
+    crf = MASK_CRF["VOC2012"]
+    out = {f"{name}, raw": mask_from(probs, image, None)[0],
+           f"{name}, CRF": mask_from(probs, image, crf)[0]}
+    if allowed:
+        out[f"{name}, label filter"] = mask_from(probs, image, None, allowed)[0]
+        out[f"{name}, CRF and label filter"] = mask_from(probs, image, crf, allowed)[0]
+    return out
+
+
+class Table:
+    """A confusion matrix per row, and the JSON file that keeps the scores of finished rows."""
+
+    def __init__(self, path, data, common):
+        self.path, self.data, self.common, self.matrices = path, data, common, {}
+        self.kept = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
+
+    def add(self, row, truth, mask):
+        """Count one photo's pixels for a row."""
+        K = len(self.data.classes)
+        self.matrices[row] = self.matrices.get(row, 0) + confusion(truth, mask, K)
+
+    def keep(self, n, facts):
+        """Write the rows counted so far.
+
+        miou is the mean over background and the common classes; iou has every class.
+        """
+        for row, matrix in self.matrices.items():
+            iou = dict(zip(self.data.classes, scores(matrix)["iou"].tolist()))
+            named = [iou[c] for c in (self.data.classes[0], *self.common)]
+            self.kept["rows"][row] = {"n": n, "miou": float(np.mean(named)), **facts,
+                                      "iou": {c: round(v, 2) for c, v in iou.items() if v == v}}
+            print(f"{row:50} {n:4} photos  mIoU {np.mean(named):5.1f}")
+        write_json(self.path, self.kept)
+        self.matrices = {}
+
+
+def score_seeds(data, ids, folder, table):
+    """Rows of the seeds, and of the CRF on the seeds: the baseline without any network."""
+    for image_id in tqdm(ids, desc="seeds"):
+        seed = read_label(label_path(folder, image_id), len(data.classes))
+        truth = read_label(data.truth_path(image_id))
+        table.add("seeds", truth, seed)
+        probs = seed_probabilities(seed, len(data.classes))
+        mask, _ = mask_from(probs, data.image(image_id), MASK_CRF["VOC2012"])
+        table.add("CRF on the seeds", truth, mask)
+    table.keep(len(ids), {})
+
+
+def score_checkpoint(data, ids, filtered, args, table):
+    """Rows of one checkpoint's masks."""
+    machine = Machine(args.device, args.amp)
+    model, crop, iters, outputs = open_checkpoint(args.checkpoint, args, machine, data.classes)
+    predict = predictor(model, args, crop, machine, outputs)
+    labels = data.image_labels(ids) if filtered else {}
+    name = f"{args.name} {args.split}, {iters} iterations, scales {' '.join(map(str, args.scales))}"
+    name += "" if args.no_flip else " and mirrors"
+    for image_id in tqdm(ids, desc=name):
+        image, truth = data.image(image_id), read_label(data.truth_path(image_id))
+        with torch.no_grad():
+            probs = predict(image)
+        allowed = [0, *labels[image_id]] if filtered else None
+        for row, mask in masks_of(name, probs, image, allowed).items():
+            table.add(row, truth, mask)
+    table.keep(len(ids), {"iters": iters, "scales": args.scales, "flip": not args.no_flip})
+
+
+def parse_args():
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--data", required=True, help="dataset folder in VOC's layout, with true masks")
+    p.add_argument("--split", required=True, help="list of photos to score")
+    p.add_argument("--limit", type=int, help="only the first photos of the list")
+    p.add_argument("--every", type=int, default=1,
+                   help="only every n-th photo of the list [%(default)s]")
+    p.add_argument("--out", type=Path, required=True, help="JSON file that keeps the rows")
+    p.add_argument("--common", nargs="+", default=["cat", "cow", "dog", "horse", "person", "sheep"],
+                   help="classes that the mean is over, besides background [%(default)s]")
+    p.add_argument("--seeds", type=Path,
+                   help="folder of label PNGs: score them, and the CRF on them")
+    p.add_argument("--checkpoint", type=Path, help="checkpoint of stage 2: score its masks")
+    p.add_argument("--clip", help="the CLIP that the checkpoint was trained with")
+    p.add_argument("--name", default="masks", help="first words of the rows' names [%(default)s]")
+    p.add_argument("--scales", type=float, nargs="+", default=[1.0],
+                   help="test scales [%(default)s]")
+    p.add_argument("--no-flip", action="store_true", help="leave out the mirror images")
+    p.add_argument("--filter", action="store_true",
+                   help="also with the image-label filter: training photos only")
+    p.add_argument("--device", default="auto", help="as in the stages [%(default)s]")
+    p.add_argument("--amp", action="store_true", help="bfloat16")
+    p.set_defaults(seed=0, set=[])
+    return p.parse_args()
+
+
+def main():
+    """Score seeds, or a checkpoint's masks."""
+    args = parse_args()
+    data = find_dataset(args.data)
+    ids = data.ids(args.split, args.limit)[::args.every]
+    table = Table(args.out, data, args.common)
+    if args.seeds:
+        score_seeds(data, ids, args.seeds, table)
+    if args.checkpoint:
+        score_checkpoint(data, ids, args.filter, args, table)
+
+
+if __name__ == "__main__":
+    run(main)
