@@ -1067,7 +1067,8 @@ def dense_crf(probs, image, gaussian=(3, 3), bilateral=(80, 13, 10), iterations=
     """
     B, K, H, W = probs.shape
     make = ExactFilter if exact else Lattice
-    with memory_for(f"dense CRF of {B} x {H} x {W} pixels, {K} labels", B * H * W * (600 + 18 * K)):
+    what = f"a dense CRF of {B}x{H}x{W} pixels and {K} labels"
+    with memory_for(what, B * H * W * (600 + 18 * K)):
         place = pixel_positions(B, H, W, probs.device) / bilateral[0]
         colour = image.flatten(2).transpose(1, 2).float() / bilateral[1]  # (B, HW, 3)
         kernels = [position_filter(make, B, H, W, *gaussian, probs.device),
@@ -1096,8 +1097,7 @@ def memory_for(what, size):
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise MemoryError(f"{what}: out of memory, about {size / 2 ** 30:.1f} GiB "
-                          "are needed") from None
+        raise MemoryError(f"{what} needs about {size / 2 ** 30:.1f} GiB") from None
 
 
 # ======================================= III. engine room of all stages, to skip at a first reading
