@@ -69,7 +69,8 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of grey levels 0..255, R G B
 IMAGENET_STD = (58.395, 57.12, 57.375)
 CLIP_MEAN = tuple(255 * v for v in (0.48145466, 0.4578275, 0.40821073))
 CLIP_STD = tuple(255 * v for v in (0.26862954, 0.26130258, 0.27577711))
-CAM_SCALES = (1, 0.5, 1.5, 2)  # sizes at which a photo is looked at, relative to its own
+# Sizes at which a photo is looked at, relative to the one that `view_scale` gives it.
+CAM_SCALES = (1, 0.5, 1.5, 2)
 
 
 # ================================================================== I. image labels -> CAM -> seeds
@@ -77,7 +78,8 @@ CAM_SCALES = (1, 0.5, 1.5, 2)  # sizes at which a photo is looked at, relative t
 class Classifier(nn.Module):
     """Class scores (B, K-1) of a batch of images, and, from the same weights, the CAM: `maps`.
 
-    K counts the classes with background, which is no class of an image and has no score here.
+    K counts the classes with background, which is no class of an image and has no score here; the
+    argument `classes` is K - 1.
     A ResNet gives features x[u] (C,) at every place u of a grid; with w[k] (C,) for class k,
 
         score[k] = < w[k], mean_u x[u] > = mean_u < w[k], x[u] > = mean_u map[k, u]
@@ -563,7 +565,8 @@ def patch_tokens(visual: nn.Module, image: torch.Tensor, positions: torch.Tensor
     """(tokens that enter the last block (1, 1 + N, C), the attention of each block before it).
 
     The attentions: a list of (1, 1 + N, 1 + N). No gradient is kept: Grad-CAM asks for none below
-    the last block. A sequence of 77 tokens, the length of a text, is nothing special here (E18).
+    the last block. The released code runs the last block twice for a sequence of 77 tokens,
+    the length of a text; here it is nothing special (E18).
     """
     x, attentions = visual.embed(image, positions), []
     for block in visual.transformer.resblocks[:-1]:
@@ -708,8 +711,8 @@ def wrapped_colours(image: np.ndarray) -> torch.Tensor:
     """Photo (H, W, 3) uint8 RGB -> what CLIP-ES's CRF compares, (3, H, W) uint8.
 
     Blue, green, red minus ImageNet's mean, as a byte: what is darker than the mean wraps round to
-    the bright end. So black (152) and white (151) look alike, and two greys just below and above
-    the mean are 255 apart. A slip, but the published numbers contain it (E16).
+    the bright end. So black (152, 140, 134) and white (150, 138, 132) look alike, and greys of 103
+    and 104 are 255 apart in blue. A slip, but the published numbers contain it (E16).
     """
     x = torch.from_numpy(image[:, :, ::-1].copy()).permute(2, 0, 1).float()
     x = x - x.new_tensor((104.008, 116.669, 122.675))[:, None, None]
@@ -823,8 +826,10 @@ def write_clip_log(data, ids, folder):
 #            axis 1   8 + 8/2     8 + (8+4)/2   4 + 8/2      point touches them, and count as 0
 #                     = 12        = 14          = 8
 #     slice  a        2/3 * (3/4 * 12 + 1/4 * 14) = 8.33     the same weights as in splat, and a
-#            b        2/3 * (1/2 * 14 + 1/2 * 8) = 7.33      constant that makes up for the blur
+#            b        2/3 * (1/2 * 14 + 1/2 * 8) = 7.33      constant, 1 / (1 + 2^-d)
 #
+# In the plane sum(x) = 0 of d + 1 = 2 coordinates both axes run along the one line, so it is
+# blurred twice. The constant gives a lone point on a vertex its own value back.
 # Where both points have the value 1 comes 1.30 and 1.31. So the means around a and b are 6.40 and
 # 5.59; the exact filter has 6.57 and 5.43. In d dimensions nothing else changes: segments become
 # simplices (triangles, tetrahedra, ...) with d + 1 corners, and the blur goes along d + 1 axes.
@@ -926,7 +931,8 @@ def simplex(features):
         tail = tail + f
     x[0] = tail
     # The nearest multiples of d + 1. Axes ranked by what remains, the largest first; the sum may
-    # be off by a few times d + 1, then the first or last few coordinates make up for it.
+    # be off by s times d + 1. If s > 0, the s last in rank are lowered by one; if s < 0, the -s
+    # first are raised. Adding s to every rank makes exactly those leave 0..d.
     cell = (x / (d + 1)).round_()
     rest = x - cell * (d + 1)
     rank = cell.sum(0).to(torch.int8).repeat(d + 1, 1)
@@ -980,7 +986,7 @@ def neighbours(vertices, places, total):
     vertices (M,), sorted; places, total: of `number_corners`.
     """
     M, d = len(vertices), len(places) - 1
-    # A step raises the remainder; the last one wraps around, which raises every other digit.
+    # A step raises the remainder; from d it wraps to 0, which raises the digit of every coordinate.
     up = torch.where(vertices < d * total, total, sum(places) - d * total) + vertices
     wanted = up - places[:, None]  # (d+1, M)
     plus = torch.searchsorted(vertices, wanted, out_int32=True).clamp_(max=M - 1)
@@ -1039,7 +1045,7 @@ def pixel_positions(B, H, W, device):
 
 @functools.lru_cache(maxsize=2)
 def position_filter(make, B, H, W, sxy, weight, device):
-    """The Gaussian kernel: colours do not enter, so images of the same size share the last two."""
+    """The Gaussian kernel: no colours, so one serves all photos of a size; two are kept."""
     return make(pixel_positions(B, H, W, device) / sxy).normalise(weight)
 
 
@@ -1060,7 +1066,7 @@ def dense_crf(probs, image, gaussian=(3, 3), bilateral=(80, 13, 10), iterations=
 
         Q0 = softmax(-U),  Q <- softmax(-U + sum_m w_m D_m^-1/2 k_m D_m^-1/2 Q)
         U = -log probs,    D = row sums of k
-    probs (B, K, H, W) positive, rows need not sum to one; image (B, 3, H, W) RGB 0..255;
+    probs (B, K, H, W) positive, need not sum to one over K; image (B, 3, H, W) RGB 0..255;
     gaussian (sxy, weight), bilateral (sxy, srgb, weight), sxy in pixels, srgb in grey levels.
     Potts model: similar pixels raise each other's score of the class that they are of, different
     classes do not interact. Raises ValueError where bandwidths are too fine, and MemoryError.
@@ -1531,9 +1537,11 @@ def resume(path, model, optimizer, facts, frozen) -> int:
 
 
 # -------------------------------------------------------------------------------- the training loop
-# Why a resumed run is exact, bit for bit (on the same machine, with as many threads). An iteration
-# depends on four things, and none of them is how long this process has been running:
-#   1. parameters, running statistics and optimizer after the one before: in the checkpoint;
+# Why a resumed run is exact, bit for bit (same device, --amp, number of processes and of threads;
+# on a GPU with --deterministic). An iteration depends on four things, and none of them is how long
+# this process has been running:
+#   1. parameters, running statistics and optimizer after the one before: in the checkpoint; frozen
+#      weights come from their file, whose digest args.json holds;
 #   2. which images are in its batch, and how they are augmented: `batch_plan` numbers the samples
 #      of the whole run, and what becomes of sample s is a function of (seed, s);
 #   3. the network's own chance, dropout: seeded anew in every iteration by (seed, iteration);
@@ -1542,11 +1550,11 @@ def resume(path, model, optimizer, facts, frozen) -> int:
 # worker that loads images has one too, each in another place. Functions have no state: there is
 # nothing to save and nothing to forget, and any one sample can be made again to be looked at.
 #
-# The order within an iteration: rate, batch, forward, loss, backward, average, step, check, log,
-# save. The check comes once in LOG_EVERY iterations, since a GPU has to be waited for, and always
-# before a save: a NaN that has reached the weights never leaves them, so none is ever saved, and
-# the last checkpoint is sound. The log comes before the checkpoint: a cut between the two leaves
-# lines too many, which are dropped and come again, and never a line too few.
+# The order within an iteration: seed, rate, batch, forward, loss, backward, average, step, check,
+# log, save. The check comes once in LOG_EVERY iterations, since a GPU has to be waited for, and
+# always before a save: a NaN that has reached the weights never leaves them, so none is ever
+# saved, and the last checkpoint is sound. The log comes before the checkpoint: a cut between the
+# two leaves lines too many, which are dropped and come again, and never a line too few.
 
 SAVE_EVERY = 500  # iterations; what a cut costs at most
 LOG_EVERY = 10    # iterations
@@ -1813,8 +1821,8 @@ def load_clip(name: str, seed: int, machine) -> tuple[clip.CLIP, str]:
 def common_options(description: str, lr, batch_size, crop, recipe=None):
     """The parser with the options that all stages have, and its group "method".
 
-    lr, batch_size and crop are defaults. recipe: {option: text} for a default that is known only
-    when the dataset is, and so is None here; --help prints the text.
+    lr, batch_size and crop are defaults. recipe: {option: text} for a default that is filled in
+    later, and so is None here; --help prints the text.
     """
     shown = dict.fromkeys(("iters", "lr", "batch_size"), "the recipe's")
     if lr is not None:

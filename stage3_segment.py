@@ -69,7 +69,7 @@ class DeepLab(nn.Module):
             conv = nn.Conv2d(net.fc.in_features, classes, 3, padding=d, dilation=d)
             self.classifier.append(conv)
         for conv in self.classifier:
-            nn.init.normal_(conv.weight, std=0.01)  # GUESS DeepLab's own start
+            nn.init.normal_(conv.weight, std=0.01)  # GUESS as DeepLab starts its own head
             nn.init.zeros_(conv.bias)
 
     def train(self, mode=True):
