@@ -885,9 +885,15 @@ class Lattice:
 
     def blur(self, x):
         """Vertices (M+1, K) -> vertices (M+1, K), along one axis after another."""
-        for index in self.blur_index:
-            x = weighted_sums(x, index, self.blur_start, self.blur_weights)
-        return x
+        # Memory for a tensor of over 32 MB comes from the system, page by page, each time anew.
+        # That can double the time at 81 labels, so only as many go at once as stay below.
+        parts = []
+        for part in x.split(max(1, 2 ** 23 // len(x)), 1):
+            part = part.contiguous()
+            for index in self.blur_index:
+                part = weighted_sums(part, index, self.blur_start, self.blur_weights)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def slice(self, x, rows=slice(None)):
         """Vertices (M+1, K) -> the points `rows`, (R, K)."""
@@ -918,6 +924,8 @@ def simplex(features):
     Corner 0 has coordinates that are multiples of d + 1. The other corners come by a walk: a step
     along an axis adds 1 to every coordinate and takes d + 1 from that axis's, so that the sum stays
     0; turn says when each axis is stepped along. After k steps all coordinates have remainder k.
+    In the example vertex v is (v, -v): a has corner 0 at (0, 0) and comes to (1, -1) along axis 1,
+    b has it at (2, -2) and comes to (1, -1) along axis 0.
     Order and rounding follow pydensecrf, so that the same vertices come out.
     """
     d, P = features.shape

@@ -67,6 +67,13 @@ def test_neighbours_are_mutual():
         assert there.sum() == (minus[axis] < absent).sum()
 
 
+def test_labels_that_go_in_parts_come_out_the_same():
+    lattice = Lattice(torch.rand(1, 1000, 5, generator=torch.Generator().manual_seed(4)) * 9)
+    x = torch.rand(len(lattice.blur_start), 2200, generator=torch.Generator().manual_seed(5))
+    assert x.numel() > 2 ** 23  # else it is one part
+    assert torch.equal(lattice.blur(x)[:, ::9], lattice.blur(x[:, ::9].contiguous()))
+
+
 def test_a_size_seen_before_gives_the_same():
     """The position lattice is kept for two sizes; a third comes and goes in between."""
     cases = [photo_like(1, 3, h, 18, seed=h) for h in (14, 15, 16)]
