@@ -204,12 +204,12 @@ class Dataset:
                              f"a line `{first} name, name` in {path} is expected")
         return labels
 
-    def digests(self, *splits: str, **texts: str) -> dict[str, str]:
-        """{name: sha256} of the lists `splits`, of the classes and of `texts`.
+    def digests(self, *splits: str, **more: str) -> dict[str, str]:
+        """{name: sha256} of the lists `splits`, of the classes and of further texts.
 
         They tell one dataset from another when a run is resumed.
         """
-        parts = dict(texts)
+        parts = dict(more)
         for split in splits:
             if self.has(split):
                 parts[split] = "\n".join(self.ids(split))
@@ -871,6 +871,7 @@ def compare_classes(data: Dataset, held: dict, image_labels: dict, tolerated: fl
     objects that VOC calls difficult); it may not have one that the photo does not.
     """
     objects = {path: numbers - {0, IGNORE} for path, (_, numbers) in held.items()}
+    # Whose photo shows a class, or has no labels at all ([0] stands for "not told").
     expected = [image_id for image_id, _ in held.values() if image_labels.get(image_id, [0])]
     # One mask of 0 and 255 is nothing odd, VOC has some; a whole folder of them is.
     if len(expected) > 1 and not any(objects.values()):

@@ -11,16 +11,18 @@ cost    not measured on all of VOC; --method clip with ViT-B/16 takes 3.6 s of o
 
 A classifier learns from nothing but "this photo shows a dog and a person". Its last layer, applied
 at every place instead of to the mean over places, tells where it saw the dog: that is the CAM (Zhou
-et al., CVPR 2016). Thresholded it is the seed, which stage 2 turns into a mask. The recipe is IRN's
-(Ahn et al., CVPR 2019). With --method clip no classifier is trained: CLIP, which stage 2 builds on
-anyway, is asked where it sees the dog (CLIP-ES, Lin et al., CVPR 2023).
+et al., CVPR 2016). Thresholded it is the seed (a label map; --seed is chance), which stage 2 turns
+into a mask. The recipe is IRN's (Ahn et al., CVPR 2019). With --method clip no classifier is
+trained: CLIP, which stage 2 builds on anyway, is asked where it sees the dog (CLIP-ES, Lin et al.,
+CVPR 2023).
 
 Part I goes from labels to seeds; it is this stage. Part II, the dense CRF, and part III, the engine
 room (device, run folder, training loop, preview, options), serve the later stages as well, and so
 does stage 2's mask writer: that a run resumes exactly, that no stale mask passes for a fresh one,
 and what the lattice computes need to be written, explained and proven only once.
-From `clip` come weight files read safely and their digests; from `eval` the dataset folder, label
-PNGs, and files that appear whole or not at all.
+From `clip`, ours and not OpenAI's package, come weight files read safely and their digests; from
+`eval`, our eval.py, the dataset folder, label PNGs, and files that appear whole or not at all.
+# GUESS marks a choice for which no source was found.
 """
 import os
 import signal
@@ -92,7 +94,7 @@ class Classifier(nn.Module):
 
     def __init__(self, arch: str, weights: str, classes: int):
         super().__init__()
-        # the last layer keeps its resolution (output stride 16, not 32): maps twice as fine
+        # layer4 keeps its resolution (output stride 16, not 32): maps twice as fine
         net = resnet(arch, weights, (None, 1))
         self.pretrained = weights != "none"
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
@@ -591,7 +593,7 @@ def grad_cam(visual: nn.Module, x: torch.Tensor, texts: torch.Tensor, J: int, sc
     J classes, then of the background words; scale: CLIP's exp(logit_scale).
 
     A (N, C) are ln_1's outputs, p = softmax(scale * cosine(image, texts)). The image's feature is
-    the mean of its PATCHES: the class token's would not say which place it comes from (E5). What is
+    the mean of its PATCHES: the class token is left out, as released (E5). What is
     differentiated is the probability, not the cosine: a place that speaks for a background word as
     well does not raise p_k (E6). The gradient reaches A through the attention alone, since the
     residual sum goes past ln_1.
@@ -853,16 +855,17 @@ class Lattice:
 
         # Equal numbers are one vertex. Corners in different rows never are (their remainders
         # differ), so each row is sorted by itself, which takes half as long as all in one.
+        # Row k holds each point's corner whose coordinates leave remainder k, see `simplex`.
         rows = [row.sort(stable=True) for row in corners]
         corners = torch.cat([row.values for row in rows])  # ((d+1)BP,)
         point = torch.stack([row.indices for row in rows])  # (d+1, BP)
         is_first = torch.ones_like(corners, dtype=torch.bool)
         is_first[1:] = corners[1:] != corners[:-1]
         first = is_first.nonzero()[:, 0]  # (M,) where a vertex starts
-        vertex = is_first.cumsum(0, dtype=torch.int32).sub_(1).view(d + 1, B * P)
+        vertex = is_first.cumsum(0, dtype=torch.int32).sub_(1).view(d + 1, B * P)  # of each corner
 
-        # Splat: a vertex sums the points of its run. Row M has none: it stays 0, and stands for
-        # every vertex that is absent.
+        # Splat: a vertex sums the points of all corners with its number. Row M has none: it stays
+        # 0, and stands for every vertex that is absent.
         self.splat_index = point.flatten().int()
         self.splat_start = F.pad(first, (0, 1), value=len(corners)).int()  # (M+1,)
         self.splat_weights = weights.gather(1, point).flatten()
@@ -902,7 +905,7 @@ class Lattice:
         return weighted_sums(x, index.flatten(), start, weights.flatten())
 
     def normalise(self, weight):
-        """From now on weight * D^-1/2 k D^-1/2 instead of k, D its row sums; returns itself."""
+        """From now on weight * D^-1/2 k D^-1/2, k the filter as built and D its row sums."""
         ones = self.slice_weights.new_ones(*self.shape, 1)
         norm = (self(ones) + 1e-20).rsqrt().flatten()  # (BP,)
         self.splat_weights *= norm.index_select(0, self.splat_index)
@@ -924,13 +927,14 @@ def simplex(features):
     Corner 0 has coordinates that are multiples of d + 1. The other corners come by a walk: a step
     along an axis adds 1 to every coordinate and takes d + 1 from that axis's, so that the sum stays
     0; turn says when each axis is stepped along. After k steps all coordinates have remainder k.
-    In the example vertex v is (v, -v): a has corner 0 at (0, 0) and comes to (1, -1) along axis 1,
-    b has it at (2, -2) and comes to (1, -1) along axis 0.
+    In the example vertex v is [v, -v]: a has corner 0 at [0, 0] and comes to [1, -1] along axis 1,
+    b has it at [2, -2] and comes to [1, -1] along axis 0.
     Order and rounding follow pydensecrf, so that the same vertices come out.
     """
     d, P = features.shape
     # Onto the plane sum(x) = 0 in d + 1 dimensions, so scaled that splat, blur and slice together
-    # have standard deviation 1.
+    # have standard deviation 1. In one dimension two blurs of variance 1/2, and 1/6 each for splat
+    # and slice on average, make 4/3 square units, so that a unit is sqrt(3) / 2.
     x = features.new_empty(d + 1, P)
     tail = features.new_zeros(P)
     for i in range(d, 0, -1):

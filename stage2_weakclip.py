@@ -172,7 +172,8 @@ class GridNorm(nn.GroupNorm):
 
 
 class PyramidAdapter(nn.Module):
-    """Four grids of one stride -> a pyramid of strides 4, 8, 16 and 32; 7.1 M parameters.
+    """Four grids of one stride, taken at four depths of CLIP and called levels[0] to levels[3] -> a
+    pyramid of strides 4, 8, 16 and 32; 7.1 M parameters.
 
     # PAPER pyramid adapter. Its operations are the released ones (12).
     """
@@ -469,7 +470,7 @@ class TextGuidedDecoder(nn.Module):
 
 def resized_score(score: Tensor, size) -> Tensor:
     """The score map (B, K, h, w) at a level's size (h, w): the raw cosine, not divided by the
-    temperature, with corners aligned (11)."""
+    temperature. With corners aligned: so released, and kept; the other resizes do not (11)."""
     return resize(score, size, align_corners=True)
 
 
@@ -738,7 +739,8 @@ def crf_image(image: Tensor, size, mean, std, aligned=True) -> Tensor:
         # GUESS the low-pass is a plain average: a cell's colour is that of all its pixels
         x = F.interpolate(image.float(), size, mode="area")
     else:
-        x = image.cpu() if image.device.type == "mps" else image  # MPS has no float64
+        # In float64, as the released code's scipy has it (22); MPS has none.
+        x = image.cpu() if image.device.type == "mps" else image
         x = F.interpolate(x.double(), size, mode="bilinear", align_corners=True)
         x = x.float().to(image.device)
     mean = torch.tensor(mean, device=x.device)[:, None, None]  # (3, 1, 1)
@@ -789,7 +791,7 @@ def boundary_loss(p: Tensor, q: Tensor) -> Tensor:
 
 def floor_and_normalise(q: Tensor) -> Tensor:
     """The CRF's answer (B, K, h, w), at least 1e-4 everywhere and summing to one again."""
-    q = q.clamp(min=1e-4)
+    q = q.clamp(min=1e-4)  # keeps log(q / p) finite
     return q / q.sum(1, keepdim=True)
 
 
@@ -988,6 +990,7 @@ class SeededImages(torch.utils.data.Dataset):
 
         # Objects are shown half to twice as large as in the photo whose short side is the crop.
         ratio = rng.uniform(0.5, 2)
+        # The long side may have up to four crops, 2,048 pixels as released.
         size = fit_size(*image.shape[:2], int(crop * ratio), int(4 * crop * ratio))
         image = resize_image(image, size)
         label = self.resize_label(label, size)
@@ -1143,6 +1146,7 @@ def probabilities(model: WeakCLIP, views, text: Tensor, crop: int, size, pad=Tru
     """
     total = 0
     for x, mirrored in views:
+        # Windows overlap by a third: most borders are seen again with context around them.
         logits = slide(model, x, text, crop, 2 * crop // 3, pad)  # (1, K, h, w)
         # Logits are resized before the softmax, not probabilities after it: between a sure
         # "cat" and a sure "sofa" the logits cross at one place and leave a sharp end there,

@@ -56,13 +56,13 @@ class DeepLab(nn.Module):
 
     def __init__(self, arch: str, weights: str, classes: int):
         super().__init__()
-        # A classifier's ResNet ends at stride 32. Its last two stages keep stride 8 here and are
-        # dilated instead, by 2 and 4: they see as far as before, but in finer steps.
+        # A classifier's ResNet ends at stride 32. Its layer3 and layer4 keep stride 8 here and
+        # are dilated instead, by 2 and 4: they see as far as before, but in finer steps.
         net = resnet(arch, weights, (2, 4))
         self.pretrained = weights != "none"
         self.backbone = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool,
                                       net.layer1, net.layer2, net.layer3, net.layer4)
-        # Four views of the same features, from 13 to 49 cells wide: an object is judged by its
+        # Four reaches over the same features, from 13 to 49 cells wide: an object is judged by its
         # surroundings, near and far.
         self.classifier = nn.ModuleList()
         for d in (6, 12, 18, 24):
@@ -158,6 +158,7 @@ def train(model: DeepLab, data, ids: list[str], args, machine: Machine, folder: 
         logits = resize(logits.float(), mask.shape[1:])  # (B, K, H, W)
         return {"loss_cross_entropy": mean_cross_entropy(logits, mask)}
 
+    # arch: --images builds the network from the checkpoint alone.
     facts = {"stage": "3_segment", "classes": list(data.classes), "arch": args.arch}
     samples = MaskedImages(data, ids, args.masks, args.crop, args.seed)
     fit(model, samples, make_optimizer(model, args.lr), losses, poly(args.iters), args, machine,
