@@ -16,6 +16,9 @@ from conftest import ROOT
 import clip
 from eval import read_label
 
+if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+    pytest.skip("this torch has no Python backend for private devices (2.9 or newer has)",
+                allow_module_level=True)
 TINY = ["--iters", "2", "--batch-size", "2", "--crop", "64"]
 RESNET = ["--weights", "none", "--arch", "resnet18"]
 
@@ -52,8 +55,6 @@ def run(scripts, far):
 @pytest.fixture(scope="module")
 def both(dataset, clip_file, tmp_path_factory):
     """Runs folders of the same commands on the far device and on the CPU."""
-    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("this torch has no Python backend for private devices (2.9 or newer has)")
     folders = {}
     for device in ("far", "cpu"):
         folders[device] = tmp_path_factory.mktemp(device)
