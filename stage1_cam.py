@@ -1661,8 +1661,10 @@ def photo_faults(image_id: str, image: np.ndarray, mend: str):
         if not is_out_of_memory(error):
             raise
         H, W = image.shape[:2]
-        raise ValueError(f"{image_id}: out of memory for a photo of {W}x{H} pixels; what helps: "
-                         f"{mend}, or more memory") from None
+        # Only `memory_for` says what was wanted in words of ours.
+        wanted = f" ({error})" if str(error).startswith("a dense CRF") else ""
+        raise ValueError(f"{image_id}: out of memory for a photo of {W}x{H} pixels{wanted}; what "
+                         f"helps: {mend}, or more memory") from None
 
 
 def check_losses(recent: list):

@@ -89,7 +89,9 @@ def make_dataset(n=8):
             label.save(folder / name / f"{i}.png")
     ids = "".join(f"{i}\n" for i in range(n))
     (folder / "ImageSets" / "Segmentation" / "train.txt").write_text(ids)
-    labels = "".join(f"{i} person\n" for i in range(n))
+    names = "".join(f"c{k}\n" for k in range(1, 21))
+    (folder / "classes.txt").write_text("background\n" + names)
+    labels = "".join(f"{i} c1\n" for i in range(n))
     (folder / "image_labels.txt").write_text(labels)
     return folder
 

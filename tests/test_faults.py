@@ -384,6 +384,24 @@ def test_out_of_memory_says_what_to_make_smaller(tmp_path, error):
             raise error
 
 
+def test_out_of_memory_in_the_crf_says_what_it_needs():
+    probs, image = torch.full((1, 4, 5, 7), 0.25), torch.zeros(1, 3, 5, 7)
+    with pytest.raises(ValueError) as said:
+        with stage1.photo_faults("holiday", np.zeros((5, 7, 3)), "--no-crf"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(stage1, "Lattice", exhausted)
+                stage1.dense_crf(probs, image, gaussian=(2, 3))
+    line = str(said.value)
+    assert "holiday" in line and "a dense CRF of" in line and "needs about" in line, line
+    assert "not enough memory" not in line
+
+
+def exhausted(*_):
+    """What torch does where memory is short."""
+    raise RuntimeError("not enough memory: you tried to allocate 99 bytes")
+
+
+
 def said_of(capsys, function):
     """What `run` says of a function that fails -> its one line."""
     with pytest.raises(SystemExit) as end:
