@@ -182,7 +182,8 @@ def cam_scores(cams, size: tuple[int, int], background: float = 0.15) -> torch.T
 
     Background's score is a constant, since no label ever names it: all photos have some, so there
     is no photo without it to learn the difference from. The constant is the threshold that a class
-    must exceed. Raised, seeds shrink to what is surest; lowered, they spill over the rims.
+    must exceed. Raised, seeds shrink to what is surest; lowered, they spill over the rims. 0.15 is
+    IRN's.
     """
     cams = torch.as_tensor(cams).float()
     if len(cams):  # an image may show none of the classes
@@ -410,8 +411,9 @@ def make_optimizer(model, args) -> torch.optim.Optimizer:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not name.startswith("classifier."):
             old.append(parameter)
-    # IRN's code hands its weight decay to SGD's momentum slot, so its real momentum is 1e-4: with
-    # ImageNet weights ours is 0. From nothing, where IRN has no recipe, it is the usual 0.9.
+    # SGD takes (parameters, lr, momentum, ...). IRN's code passes its weight decay of 1e-4 in third
+    # place, so that is its momentum, which does nothing: with ImageNet weights ours is 0. From
+    # nothing, where IRN has no recipe, it is the usual 0.9.
     momentum = 0 if model.pretrained else 0.9
     groups = [{"params": old, "base_lr": args.lr}, {"params": new, "base_lr": 10 * args.lr}]
     return torch.optim.SGD(groups, lr=args.lr, momentum=momentum, weight_decay=1e-4)
@@ -905,7 +907,12 @@ class Lattice:
         return weighted_sums(x, index.flatten(), start, weights.flatten())
 
     def normalise(self, weight):
-        """From now on weight * D^-1/2 k D^-1/2, k the filter as built and D its row sums."""
+        """From now on weight * D^-1/2 k D^-1/2, k the filter as built and D its row sums.
+
+        A pixel among many alike has a large row sum D: left as it is, a sky would shout down a
+        wire before it. Half of D is divided out where a pixel speaks and half where it listens, so
+        that i still moves j as much as j moves i; k / D would not have that.
+        """
         ones = self.slice_weights.new_ones(*self.shape, 1)
         norm = (self(ones) + 1e-20).rsqrt().flatten()  # (BP,)
         self.splat_weights *= norm.index_select(0, self.splat_index)
@@ -956,6 +963,8 @@ def simplex(features):
     cell += wrap
     turn = d - (rank + wrap * (d + 1)).long()
     # Barycentric weights: how much more remains on an axis than on the one stepped along before.
+    # Mixed with them the corners give the point. None is negative, because what remains rises along
+    # the walk and spans at most 1: that is why the walk goes by rank, in another order one would be.
     rest = (x - cell * (d + 1)) / (d + 1)
     rest = torch.empty_like(rest).scatter_(0, turn, rest)  # in the order of the walk, rising
     weights = rest.clone()

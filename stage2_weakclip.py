@@ -706,49 +706,6 @@ class WeakCLIP(nn.Module):
 # and like-coloured pixels agree (stage 1, part II). The default seeds of stage 1 leave nothing
 # unsure; padding, and seeds of other methods, do.
 
-def loss_probs(logits: Tensor, size, aligned=True) -> Tensor:
-    """Class probabilities (B, K, h, w) at the losses' resolution, bounded away from zero.
-
-    logits (B, K, ., .) of the decoder; size (h, w).
-    # RELEASED aligned: corners are aligned where both sizes are odd (23).
-    """
-    # The losses take logarithms, and a softmax in float32 can round to 0; hence the 1e-7.
-    corners = not aligned and size[0] % 2 == 1 and size[1] % 2 == 1
-    p = resize(logits, size, align_corners=corners).softmax(1) + 1e-7
-    return p / p.sum(1, keepdim=True)  # (B, K, h, w)
-
-
-def loss_labels(seeds: Tensor, size, aligned=True) -> Tensor:
-    """Seeds (B, h, w) int64 by nearest pixel, from seeds (B, H, W); size (h, w).
-
-    Read at the cells' centres, where the logits are too.
-    # RELEASED aligned: at the cells' corners (22).
-    """
-    # torch's "nearest" reads a cell's first pixel, "nearest-exact" the one in its middle.
-    mode = "nearest-exact" if aligned else "nearest"
-    return F.interpolate(seeds[:, None].float(), size, mode=mode)[:, 0].long()
-
-
-def crf_image(image: Tensor, size, mean, std, aligned=True) -> Tensor:
-    """What the boundary loss's CRF sees: (B, 3, h, w) uint8, whole grey levels.
-
-    image (B, 3, H, W) normalised with mean and std, which are undone; size (h, w).
-    # RELEASED aligned: corner-aligned samples of the normalised image, without low-pass (22).
-    """
-    if aligned:
-        # GUESS the low-pass is a plain average: a cell's colour is that of all its pixels
-        x = F.interpolate(image.float(), size, mode="area")
-    else:
-        # In float64, as the released code's scipy has it (22); MPS has none.
-        x = image.cpu() if image.device.type == "mps" else image
-        x = F.interpolate(x.double(), size, mode="bilinear", align_corners=True)
-        x = x.float().to(image.device)
-    mean = torch.tensor(mean, device=x.device)[:, None, None]  # (3, 1, 1)
-    std = torch.tensor(std, device=x.device)[:, None, None]
-    # Cut, not rounded, in both variants, as the released code does (22).
-    return (x * std + mean).clamp(0, 255).to(torch.uint8)
-
-
 def seeding_loss(p: Tensor, y: Tensor) -> Tensor:
     """Class-balanced log likelihood of the seeds, a scalar.
 
@@ -835,6 +792,49 @@ def score_loss(score: Tensor, seeds: Tensor, over_valid=True) -> Tensor:
     seeds only through the decoder. It cannot see anything finer than CLIP's stride of 16.
     """
     return mean_cross_entropy(resize(score / TAU, seeds.shape[1:]), seeds, over_valid)
+
+
+def loss_probs(logits: Tensor, size, aligned=True) -> Tensor:
+    """Class probabilities (B, K, h, w) at the losses' resolution, bounded away from zero.
+
+    logits (B, K, ., .) of the decoder; size (h, w).
+    # RELEASED aligned: corners are aligned where both sizes are odd (23).
+    """
+    # The losses take logarithms, and a softmax in float32 can round to 0; hence the 1e-7.
+    corners = not aligned and size[0] % 2 == 1 and size[1] % 2 == 1
+    p = resize(logits, size, align_corners=corners).softmax(1) + 1e-7
+    return p / p.sum(1, keepdim=True)  # (B, K, h, w)
+
+
+def loss_labels(seeds: Tensor, size, aligned=True) -> Tensor:
+    """Seeds (B, h, w) int64 by nearest pixel, from seeds (B, H, W); size (h, w).
+
+    Read at the cells' centres, where the logits are too.
+    # RELEASED aligned: at the cells' corners (22).
+    """
+    # torch's "nearest" reads a cell's first pixel, "nearest-exact" the one in its middle.
+    mode = "nearest-exact" if aligned else "nearest"
+    return F.interpolate(seeds[:, None].float(), size, mode=mode)[:, 0].long()
+
+
+def crf_image(image: Tensor, size, mean, std, aligned=True) -> Tensor:
+    """What the boundary loss's CRF sees: (B, 3, h, w) uint8, whole grey levels.
+
+    image (B, 3, H, W) normalised with mean and std, which are undone; size (h, w).
+    # RELEASED aligned: corner-aligned samples of the normalised image, without low-pass (22).
+    """
+    if aligned:
+        # GUESS the low-pass is a plain average: a cell's colour is that of all its pixels
+        x = F.interpolate(image.float(), size, mode="area")
+    else:
+        # In float64, as the released code's scipy has it (22); MPS has none.
+        x = image.cpu() if image.device.type == "mps" else image
+        x = F.interpolate(x.double(), size, mode="bilinear", align_corners=True)
+        x = x.float().to(image.device)
+    mean = torch.tensor(mean, device=x.device)[:, None, None]  # (3, 1, 1)
+    std = torch.tensor(std, device=x.device)[:, None, None]
+    # Cut, not rounded, in both variants, as the released code does (22).
+    return (x * std + mean).clamp(0, 255).to(torch.uint8)
 
 
 def weakclip_losses(logits: Tensor, score: Tensor, image: Tensor, seeds: Tensor,

@@ -41,6 +41,7 @@ from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_facts, mas
                              mask_photos, masks_are_current, mean_cross_entropy, open_masks, resize,
                              resize_image, write_all_masks)
 
+RECIPE = {"iters": 20_000, "lr": 5e-3}  # defaults, for `--batch-size 16`
 # Of the CRF at test: (Gaussian sxy, weight), (bilateral sxy, srgb, weight), as released; stage 2's
 # masks have other constants.
 SEGMENT_CRF = {"VOC2012": ((1, 3), (112, 2, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
@@ -197,8 +198,9 @@ def predictor(model: DeepLab, args, machine: Machine):
 def parse_args(argv=None):
     """The command line's options; argv None for the real one."""
     description = __doc__.splitlines()[0]
-    recipe = {"iters": "20,000", "lr": 0.005}
-    parser, method = common_options(description, lr=None, batch_size=16, crop=448, recipe=recipe)
+    parser, method = common_options(description, RECIPE["lr"], batch_size=16, crop=448,
+                                    recipe=RECIPE)
+    parser.set_defaults(**RECIPE)
     backbone_options(method, "resnet101")
     method.add_argument(
         "--masks", type=Path, metavar="DIR",
@@ -238,15 +240,11 @@ def preview(data, split: str, ids: list[str], folder: Path):
 
 
 def prepare(args):
-    """Fill in the recipe, and check all input -> (data, machine, ids, lists).
+    """Check all input -> (data, machine, ids, lists).
 
     ids: images to learn from; lists: {split: ids} of the masks to be made. Raises ValueError.
     """
     data, machine = open_run(args)
-    if args.lr is None:
-        args.lr = 5e-3
-    if args.iters is None:
-        args.iters = 20_000
     if args.masks is None:
         args.masks = args.runs / data.name / "2_weakclip" / "masks" / args.split
     ids = data.ids(args.split, args.limit)

@@ -2,13 +2,15 @@
 
 run     python tests/toy.py                # the chain on world 0; again: seconds
         python tests/toy.py --small        # a reduced run, what the tests do
+        python tests/toy.py --method clip  # after a run: its rows with seeds from CLIP
         python tests/toy.py --world 7      # another world
         python tests/toy.py --ablate       # one part of WeakCLIP taken out at a time, 3 seeds each
         python tests/toy.py --picture      # after a run: tests/chain.png, the picture in the README
 writes  runs/toy/data/toy<N> (VOC's layout), runs/toy/clip_*.pt, runs/toy/ablate/, and in
         runs/toy/toy<N>/: 1_cam, 2_weakclip, 3_segment, crf_on_cams, crf_on_probs, upper_bound,
-        resnet18.pt (stage 3's start), rows.json (the table), metrics.json, metrics.csv and
-        report.html; with --small, small<N> for toy<N>
+        from_clip (the stages once more, on seeds from CLIP), resnet18.pt (stage 3's start),
+        rows.json (the table), metrics.json, metrics.csv and report.html; with --small, small<N>
+        for toy<N>
 
 What is drawn, and the small CLIP that comes with it, is in `tests/toy_world.py`. Runs go on where
 they stopped: what is there is not made again.
@@ -151,14 +153,19 @@ def prepare(runs: Path, world: int, settings: dict) -> tuple[Path, Path, dict]:
 
 # ======================================================================================= the chain
 
-def chain(runs: Path, world: int, settings: dict, device: str = "cpu") -> dict:
-    """Stages 1, 2 and 3 and the upper bound, scored as they go; returns {row's name: score}."""
+def chain(runs: Path, world: int, settings: dict, device="cpu", method="classifier") -> dict:
+    """Stages 1, 2 and 3 and the upper bound, scored as they go; returns {row's name: score}.
+
+    method: "clip" for the rows of seeds from CLIP as well, beside the classifier's.
+    """
     start = time.time()
     data, weights, made = prepare(runs, world, settings)
     rows = Rows(runs / data.name / "rows.json", made["chain"], device)
     make_seeds(data, runs, settings, rows)
     make_masks(data, runs, weights, settings, rows)
     train_networks(data, runs, settings, rows)
+    if method == "clip":
+        chain_from_clip(data, runs, weights, settings, rows)
     stage("eval.py", "--data", data, "--runs", runs)
     print(f"\n{data.name}: this run took {time.time() - start:.0f} s; "
           f"{' '.join(rows.machine)}, {os.cpu_count()} cores\n")
@@ -243,6 +250,29 @@ def train_networks(data, runs, settings, rows):
         if not other.done():
             print("waiting for the upper bound", flush=True)
         other.result()
+
+
+def chain_from_clip(data, runs, weights, settings, rows):
+    """The three stages on seeds that the small CLIP gives without training.
+
+    Stage 3 starts where the chain's other stage 3 does, from the classifier of stage 1, so that
+    the two rows differ by their masks alone.
+    """
+    out = runs / data.name
+    runs = out / "from_clip"
+    masks = runs / data.name / "2_weakclip/masks"
+    common = ["--data", data, "--runs", runs, *rows.machine]
+    if rows.missing("1 seeds from CLIP"):
+        stage("stage1_cam.py", *common, "--method", "clip", "--clip", weights)
+        rows.add("1 seeds from CLIP", data, runs / data.name / "1_cam/seeds", "train")
+    if rows.missing("2 masks from CLIP's seeds"):
+        stage("stage2_weakclip.py", *common, "--clip", weights, *settings["stage 2"], *VIEWS,
+              "--label-filter")
+        rows.add("2 masks from CLIP's seeds", data, masks / "train", "train")
+    if rows.missing("3 from CLIP's seeds"):
+        start = ["--arch", "resnet18", "--weights", out / "resnet18.pt"]
+        stage("stage3_segment.py", *common, *start, *settings["stage 3"])
+        rows.add("3 from CLIP's seeds", data, runs / data.name / "3_segment/masks/val", "val")
 
 
 def as_resnet(checkpoint: Path, path: Path):
@@ -457,6 +487,8 @@ def parse_args(argv=None):
     p.add_argument("--runs", type=Path, default=ROOT / "runs/toy",
                    help="where everything is written [%(default)s]")
     p.add_argument("--small", action="store_true", help="a smaller world: what the tests run")
+    p.add_argument("--method", choices=["classifier", "clip"], default="classifier",
+                   help="clip: the chain on seeds from CLIP too [%(default)s]")
     p.add_argument("--device", default="cpu", help="the stages' option [%(default)s]")
     p.add_argument("--seeds", type=at_least(1), default=3,
                    help="training seeds of each ablation [%(default)s]")
@@ -483,7 +515,7 @@ def main():
     elif args.ablate:
         ablate(runs, args.world, settings, args.only, args.seeds, args.device)
     else:
-        chain(runs, args.world, settings, args.device)
+        chain(runs, args.world, settings, args.device, args.method)
 
 
 if __name__ == "__main__":
