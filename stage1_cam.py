@@ -964,7 +964,7 @@ def simplex(features):
     turn = d - (rank + wrap * (d + 1)).long()
     # Barycentric weights: how much more remains on an axis than on the one stepped along before.
     # Mixed with them the corners give the point. None is negative, because what remains rises along
-    # the walk and spans at most 1: that is why the walk goes by rank, in another order one would be.
+    # the walk and spans at most 1: that is why the walk goes by rank, else one would be.
     rest = (x - cell * (d + 1)) / (d + 1)
     rest = torch.empty_like(rest).scatter_(0, turn, rest)  # in the order of the walk, rising
     weights = rest.clone()
