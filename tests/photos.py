@@ -3,9 +3,11 @@
 run     python tests/photos.py --data DIR --split train --out scores.json --seeds DIR
         python tests/photos.py --data DIR --split train --out scores.json --checkpoint FILE \\
             --clip FILE
+        python tests/photos.py ... --seeds DIR --checkpoint FILE --clip FILE --picture FILE
 reads   a dataset's folder with true masks; seeds as label PNGs, or a checkpoint of stage 2 and its
         CLIP
 writes  --out: {"rows": {name: {"n", "miou", "iou": {class: percent}}}}; rows are added
+        --picture: the photos that gain and lose most against the CRF on their seeds, a row each
 
 Each photo passes the network once, and every way of making a mask of its probabilities is scored
 from that: raw, with the CRF, with the image-label filter, with both. True masks are looked at for
@@ -18,14 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval import (IGNORE, confusion, find_dataset, label_path, read_label, run, scores,
-                  write_json)
+from eval import (IGNORE, confusion, find_dataset, label_path, overlay, read_label, run, scores,
+                  write_json, write_whole)
 from stage1_cam import Machine
-from stage2_weakclip import MASK_CRF, mask_from, open_checkpoint, predictor
+from stage2_weakclip import (MASK_CRF, make_views, mask_from, mean_and_std, open_checkpoint,
+                             predictor, resize)
 
 # Of a seed's own label, where the CRF starts from seeds alone. GUESS the usual one for hard labels
 CERTAINTY = 0.7
@@ -45,6 +49,12 @@ def seed_probabilities(seed, classes):
         values = np.select([seed == k, seed == IGNORE], [own, 1 / len(present)], other)
         probs[int(k)] = torch.from_numpy(values)
     return probs  # (K, H, W)
+
+
+def crf_on_seed(data, image_id, seed):
+    """What the CRF makes of a seed (H, W) without any network: a mask (H, W)."""
+    probs = seed_probabilities(seed, len(data.classes))
+    return mask_from(probs, data.image(image_id), MASK_CRF["VOC2012"])[0]
 
 
 def masks_of(name, probs, image, allowed):
@@ -91,9 +101,7 @@ def score_seeds(data, ids, folder, table):
         seed = read_label(label_path(folder, image_id), len(data.classes))
         truth = read_label(data.truth_path(image_id))
         table.add("seeds", truth, seed)
-        probs = seed_probabilities(seed, len(data.classes))
-        mask, _ = mask_from(probs, data.image(image_id), MASK_CRF["VOC2012"])
-        table.add("CRF on the seeds", truth, mask)
+        table.add("CRF on the seeds", truth, crf_on_seed(data, image_id, seed))
     table.keep(len(ids), {})
 
 
@@ -115,6 +123,57 @@ def score_checkpoint(data, ids, filtered, args, table):
     table.keep(len(ids), {"iters": iters, "scales": args.scales, "flip": not args.no_flip})
 
 
+def photo_score(truth, mask, K):
+    """Mean IoU of one photo over the classes in its truth."""
+    matrix = confusion(truth, mask, K)
+    return np.mean(scores(matrix)["iou"][matrix.sum(1) > 0])
+
+
+def draw_extremes(data, ids, args, count=10, side=200):
+    """Write --picture: photo, seed, CRF on it, score map, raw mask, mask with CRF, truth.
+
+    The first `count` rows are the photos that gain most over the CRF on their seeds, the last
+    `count` those that lose most. Masks are filtered by the image's labels, score maps too.
+    """
+    machine = Machine(args.device, args.amp)
+    model, crop, _, outputs = open_checkpoint(args.checkpoint, args, machine, data.classes)
+    predict = predictor(model, args, crop, machine, outputs)
+    labels = data.image_labels(ids)
+    K = len(data.classes)
+    rows = []
+    for image_id in tqdm(ids, desc="gains"):
+        image, truth = data.image(image_id), read_label(data.truth_path(image_id))
+        allowed = [0, *labels[image_id]]
+        seed = read_label(label_path(args.seeds, image_id), K)
+        baseline = crf_on_seed(data, image_id, seed)
+        with torch.no_grad():
+            probs = predict(image)
+            score = score_map(model, image, machine)[allowed]
+        raw, refined = [mask_from(probs, image, crf, allowed)[0]
+                        for crf in (None, MASK_CRF["VOC2012"])]
+        gain = photo_score(truth, refined, K) - photo_score(truth, baseline, K)
+        matched = np.asarray(allowed, np.uint8)[score.argmax(0).numpy()]
+        masks = [seed, baseline, matched, raw, refined, truth]
+        tiles = [overlay(image, mask, data.classes, side) for mask in masks]
+        rows.append((gain, image_id, [overlay(image, 0 * truth, data.classes, side), *tiles]))
+    rows.sort(key=lambda row: -row[0])
+    rows = rows[:count] + rows[-count:]
+    sheet = Image.new("RGB", (7 * side, len(rows) * side), "white")
+    for row, (gain, image_id, tiles) in enumerate(rows):
+        print(f"{image_id} {gain:+6.1f} {', '.join(data.classes[k] for k in labels[image_id])}")
+        for column, tile in enumerate(tiles):
+            sheet.paste(Image.fromarray(tile), (column * side, row * side))
+    write_whole(args.picture, lambda f: sheet.save(f, "PNG"))
+
+
+def score_map(model, image, machine):
+    """The network's score map of the whole photo at scale 1, resized to it: (K, H, W) cosines."""
+    (x, _), = make_views(image, [1.0], False, mean_and_std(model.switches))
+    with machine.autocast():
+        score = model(x.to(machine.device))[1]
+    return resize(score.float(), image.shape[:2])[0].cpu()
+
+
 def parse_args():
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -130,6 +189,7 @@ def parse_args():
                    help="folder of label PNGs: score them, and the CRF on them")
     p.add_argument("--checkpoint", type=Path, help="checkpoint of stage 2: score its masks")
     p.add_argument("--clip", help="the CLIP that the checkpoint was trained with")
+    p.add_argument("--picture", type=Path, help="PNG of the twenty photos that changed most")
     p.add_argument("--name", default="masks", help="first words of the rows' names [%(default)s]")
     p.add_argument("--scales", type=float, nargs="+", default=[1.0],
                    help="test scales [%(default)s]")
@@ -148,6 +208,8 @@ def main():
     data = find_dataset(args.data)
     ids = data.ids(args.split, args.limit)[::args.every]
     table = Table(args.out, data, args.common)
+    if args.picture:
+        return draw_extremes(data, ids, args)
     if args.seeds:
         score_seeds(data, ids, args.seeds, table)
     if args.checkpoint:
