@@ -5,16 +5,16 @@ run     python stage1_cam.py --data VOC2012                         # a classifi
         torchrun --nproc_per_node 2 stage1_cam.py --data VOC2012    # any of the stages, on two GPUs
 reads   VOC2012/JPEGImages/<id>.jpg, VOC2012/image_labels.txt or else VOC2012/Annotations/<id>.xml
 writes  runs/VOC2012/1_cam/{cams/<id>.npz, seeds/<id>.png} and, as every stage,
-        runs/VOC2012/1_cam/{args.json, log.jsonl, checkpoint.pt, preview.png}
+        runs/VOC2012/1_cam/{args.json, log.jsonl, checkpoint.pt (if trained), preview.png}
 cost    not measured on all of VOC; --method clip with ViT-B/16 takes 3.6 s of one CPU core for a
         photo of 500 x 375, half of it the CRF, and 1.8 GiB
 
 A classifier learns from nothing but "this photo shows a dog and a person". Its last layer, applied
 at every place instead of to the mean over places, tells where it saw the dog: that is the CAM (Zhou
-et al., CVPR 2016). Thresholded it is the seed (a label map; --seed is chance), which stage 2 turns
-into a mask. The recipe is IRN's (Ahn et al., CVPR 2019). With --method clip no classifier is
-trained: CLIP, which stage 2 builds on anyway, is asked where it sees the dog (CLIP-ES, Lin et al.,
-CVPR 2023).
+et al., CVPR 2016). Thresholded it is the seed, a label map that stage 2 turns into a mask. (Only
+`--seed` is something else, the number that all chance is drawn from.) The recipe is IRN's (Ahn et
+al., CVPR 2019). With --method clip no classifier is trained: CLIP, which stage 2 builds on anyway,
+is asked where it sees the dog (CLIP-ES, Lin et al., CVPR 2023).
 
 Part I goes from labels to seeds; it is this stage. Part II, the dense CRF, and part III, the engine
 room (device, run folder, training loop, preview, options), serve the later stages as well, and so
@@ -23,6 +23,9 @@ and what the lattice computes need to be written, explained and proven only once
 From `clip`, ours and not OpenAI's package, come weight files read safely and their digests; from
 `eval`, our eval.py, the dataset folder, label PNGs, and files that appear whole or not at all.
 # GUESS marks a choice for which no source was found.
+
+Shapes: B images of a batch, K classes with background first, J of them (never background) present
+in one photo, H W pixels, h w a network's grid, at stride 16. CAMs are stored at stride 4.
 """
 import os
 import signal
@@ -73,6 +76,7 @@ CLIP_MEAN = tuple(255 * v for v in (0.48145466, 0.4578275, 0.40821073))
 CLIP_STD = tuple(255 * v for v in (0.26862954, 0.26130258, 0.27577711))
 # Sizes at which a photo is looked at, relative to the one that `view_scale` gives it.
 CAM_SCALES = (1, 0.5, 1.5, 2)
+CAM_THRESHOLD = 0.15  # background's score, IRN's; a class must exceed it
 
 
 # ================================================================== I. image labels -> CAM -> seeds
@@ -80,8 +84,7 @@ CAM_SCALES = (1, 0.5, 1.5, 2)
 class Classifier(nn.Module):
     """Class scores (B, K-1) of a batch of images, and, from the same weights, the CAM: `maps`.
 
-    K counts the classes with background, which is no class of an image and has no score here; the
-    argument `classes` is K - 1.
+    Background is no class of an image and has no score here; n_classes is K - 1.
     A ResNet gives features x[u] (C,) at every place u of a grid; with w[k] (C,) for class k,
 
         score[k] = < w[k], mean_u x[u] > = mean_u < w[k], x[u] > = mean_u map[k, u]
@@ -92,7 +95,7 @@ class Classifier(nn.Module):
     that no place has given.
     """
 
-    def __init__(self, arch: str, weights: str, classes: int):
+    def __init__(self, arch: str, weights: str, n_classes: int):
         super().__init__()
         # layer4 keeps its resolution (output stride 16, not 32): maps twice as fine
         net = resnet(arch, weights, (None, 1))
@@ -102,7 +105,7 @@ class Classifier(nn.Module):
         self.layer2 = net.layer2
         self.layer3 = net.layer3
         self.layer4 = net.layer4
-        self.classifier = nn.Conv2d(net.fc.in_features, classes, 1, bias=False)
+        self.classifier = nn.Conv2d(net.fc.in_features, n_classes, 1, bias=False)
         if self.pretrained:
             # as in IRN: edges and textures are ImageNet's, what they add up to is learned
             for part in (self.stem, self.layer1, self.layer2):
@@ -133,10 +136,10 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def class_maps(model, image: np.ndarray, classes: list[int], crop: int, machine) -> torch.Tensor:
+def class_maps(model, image: np.ndarray, present: list[int], crop: int, machine) -> torch.Tensor:
     """CAMs of one photo (J, ceil(H/4), ceil(W/4)), float32 in [0, 1].
 
-    image (H, W, 3) uint8; classes: the J class numbers, from 1, that the image's labels name; crop:
+    image (H, W, 3) uint8; present: the J class numbers, from 1, that the image's labels name; crop:
     side of the training crop in pixels.
 
     Only the image's own classes get a map: the label says that the others are absent, so whatever a
@@ -157,12 +160,18 @@ def class_maps(model, image: np.ndarray, classes: list[int], crop: int, machine)
         # evidence against a class in one view must not cancel evidence for it in another
         evidence = evidence.relu().float()
         evidence = evidence[:1] + evidence[1:].flip(3)                           # (1, K-1, h, w)
-        grid = (math.ceil(H / 4), math.ceil(W / 4))
+        grid = cam_grid(H, W)
         total = total + F.interpolate(evidence, grid, mode="bilinear", align_corners=False)[0]
-    cams = total[[k - 1 for k in classes]]                                       # (J, H/4, W/4)
+    cams = total[[k - 1 for k in present]]                                       # (J, H/4, W/4)
     # evidence has no unit, and more of it for one class than for another means little; divided by
     # its maximum each map says "1: here, if anywhere", and one threshold serves them all
     return cams / cams.amax((1, 2), keepdim=True).clamp(min=1e-5)
+
+
+def cam_grid(H: int, W: int) -> tuple[int, int]:
+    """Size at which CAMs are stored, a quarter of the photo's, as IRN's: views of all scales meet
+    there, and a file is a sixteenth of what full size would be."""
+    return math.ceil(H / 4), math.ceil(W / 4)
 
 
 def view_scale(H: int, W: int, crop: int) -> float:
@@ -175,15 +184,14 @@ def view_scale(H: int, W: int, crop: int) -> float:
     return min(max(1, smallest), largest)
 
 
-def cam_scores(cams, size: tuple[int, int], background: float = 0.15) -> torch.Tensor:
+def cam_scores(cams, size: tuple[int, int], background=CAM_THRESHOLD) -> torch.Tensor:
     """A score of every pixel for background and each CAM's class (1 + J, H, W), float32 in [0, 1].
 
     cams (J, h, w) in [0, 1], size (H, W) of the photo.
 
     Background's score is a constant, since no label ever names it: all photos have some, so there
     is no photo without it to learn the difference from. The constant is the threshold that a class
-    must exceed. Raised, seeds shrink to what is surest; lowered, they spill over the rims. 0.15 is
-    IRN's.
+    must exceed. Raised, seeds shrink to what is surest; lowered, they spill over the rims.
     """
     cams = torch.as_tensor(cams).float()
     if len(cams):  # an image may show none of the classes
@@ -193,24 +201,24 @@ def cam_scores(cams, size: tuple[int, int], background: float = 0.15) -> torch.T
     return torch.cat([constant, cams])
 
 
-def seeds_from_cams(classes, cams, size: tuple[int, int], background: float = 0.15) -> np.ndarray:
+def seeds_from_cams(present, cams, size: tuple[int, int], background=CAM_THRESHOLD) -> np.ndarray:
     """The seed (H, W) uint8: at each pixel the class with the largest score, 0 for background.
 
-    classes (J,) numbers from 1, cams (J, h, w) in [0, 1], size (H, W). Every pixel gets a class;
-    255, unsure, is for the seeds of other methods.
+    present (J,) class numbers from 1, cams (J, h, w) in [0, 1], size (H, W). Every pixel gets a
+    class; 255, unsure, is for the seeds of other methods.
     """
-    numbers = np.concatenate([[0], classes]).astype(np.uint8)                    # (1 + J,)
+    numbers = np.concatenate([[0], present]).astype(np.uint8)                    # (1 + J,)
     winner = cam_scores(cams, size, background).argmax(0).numpy()                # (H, W) in 0..J
     return numbers[winner]
 
 
-def classifier_seed(model, image: np.ndarray, classes: list[int], crop: int, machine):
+def classifier_seed(model, image: np.ndarray, present: list[int], crop: int, machine):
     """One photo's CAMs and seed: (arrays for its .npz, label map (H, W) uint8).
 
     The arrays: "keys" (J,) uint8, the class numbers; "cam" (J, H/4, W/4) float16 in [0, 1].
     """
-    keys = np.array(classes, np.uint8)
-    cams = class_maps(model, image, classes, crop, machine)                      # (J, h, w)
+    keys = np.array(present, np.uint8)
+    cams = class_maps(model, image, present, crop, machine)                      # (J, H/4, W/4)
     # rounded before the seed is taken: whoever reads the file can make the same seed from it
     cams = cams.cpu().numpy().astype(np.float16)
     return {"keys": keys, "cam": cams}, seeds_from_cams(keys, cams, image.shape[:2])
@@ -219,7 +227,7 @@ def classifier_seed(model, image: np.ndarray, classes: list[int], crop: int, mac
 def write_seeds(make, data, ids, labels, machine, folder):
     """Write cams/<id>.npz and seeds/<id>.png for every id; what exists is done.
 
-    make(image, classes) -> (arrays, label map), of either method; labels: {id: class numbers from
+    make(image, present) -> (arrays, label map), of either method; labels: {id: class numbers from
     1}. Each process of torchrun does its own share of the ids.
     """
     with tqdm(machine.share(ids), desc="CAMs", disable=not machine.main) as bar:
@@ -257,7 +265,8 @@ def resnet(arch: str, weights: str, dilations: tuple[int | None, int | None]) ->
     A ResNet made for classification ends at 1/32 of the image's size, too coarse for a map. Without
     a stride the grid stays fine, but a 3x3 filter now sees half as far on the photo; dilated by 2
     (by 4 after two such layers) it has its old reach again. Stage 3 does so; stage 1 does without
-    (d = 1), as IRN. By hand, since torchvision refuses dilation in ResNet-18's blocks.
+    (d = 1), as IRN. By hand, since torchvision refuses dilation in ResNet-18's blocks; it would
+    also leave the 3x3 that had the stride as it was, and here that one sees twice as far.
     """
     net = getattr(torchvision.models, arch)()
     if weights == "imagenet":
@@ -399,7 +408,7 @@ def random_window(rng, length: int, size: int) -> int:
     return int(rng.integers(low, high + 1))
 
 
-# ---------------------------------------------------------------- how the classifier learns, a look
+# ------------------------------------------------------- training the classifier, and the preview
 
 def make_optimizer(model, args) -> torch.optim.Optimizer:
     """SGD with weight decay 1e-4 in two groups: the new layer learns ten times as fast.
@@ -411,9 +420,9 @@ def make_optimizer(model, args) -> torch.optim.Optimizer:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not name.startswith("classifier."):
             old.append(parameter)
-    # SGD takes (parameters, lr, momentum, ...). IRN's code passes its weight decay of 1e-4 in third
-    # place, so that is its momentum, which does nothing: with ImageNet weights ours is 0. From
-    # nothing, where IRN has no recipe, it is the usual 0.9.
+    # IRN's momentum is 1e-4, as good as none: its code hands SGD the weight decay in momentum's
+    # place. Ours is 0 with ImageNet weights. From nothing, where IRN has no recipe, it is the
+    # usual 0.9.
     momentum = 0 if model.pretrained else 0.9
     groups = [{"params": old, "base_lr": args.lr}, {"params": new, "base_lr": 10 * args.lr}]
     return torch.optim.SGD(groups, lr=args.lr, momentum=momentum, weight_decay=1e-4)
@@ -447,14 +456,14 @@ def train(model, data, ids, labels, args, machine, folder):
 
 
 def seeds_from_classifier(data, ids, labels, args, machine, folder) -> dict:
-    """Train the classifier, write what it leaves; returns its provenance."""
+    """Provenance of the seeds that are written here, by a classifier that is trained for them."""
     torch.manual_seed(args.seed)  # of the new layers' first weights
     model = Classifier(args.arch, args.weights, len(data.classes) - 1).to(machine.device)
     train(model, data, ids, labels, args, machine, folder)
     model.eval()
 
-    def make(image, classes):
-        return classifier_seed(model, image, classes, args.crop, machine)
+    def make(image, present):
+        return classifier_seed(model, image, present, args.crop, machine)
 
     write_seeds(make, data, ids, labels, machine, folder)
     # label_filter: the image's labels have said which classes may appear
@@ -479,8 +488,9 @@ def preview(data, ids, folder):
 # Nothing is trained. CLIP has seen which words go with which pictures; asked for a class that is
 # in the photo, its own gradients tell which places spoke for it (Grad-CAM), and its own attention
 # tells which places belong together (affinity). A dense CRF draws the borders, and what stays
-# doubtful is left "unsure". (E1) to (E24) are findings about the released code, AUDIT.md part 5:
-# where the paper and that code part, ours does what the published numbers were made with.
+# doubtful is left "unsure". (E1) to (E24) are findings about CLIP-ES's code, AUDIT.md part 5: where
+# that code parts from its paper, ours does what the published numbers were made with. The markers
+# that `grep` finds elsewhere are about WeakCLIP's code; here a number (E) is the mark.
 # J is the number of classes in the photo, h x w the grid of its patches, N = h * w.
 
 TEMPLATE = "a clean origami {}."  # the template with the sharpest response; one, no ensemble (E1)
@@ -530,7 +540,7 @@ def text_tokens(texts: list[str], context_length: int) -> torch.Tensor:
 def encode_texts(model: clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
     """Token ids (n, L) -> text features (n, D) of unit length.
 
-    Released code normalises them three times over, which is once but for rounding (E1).
+    CLIP-ES's code normalises them three times over, which is once but for rounding (E1).
     """
     return F.normalize(model.encode_text(tokens), dim=1)
 
@@ -569,7 +579,7 @@ def patch_tokens(visual: nn.Module, image: torch.Tensor, positions: torch.Tensor
     """(tokens that enter the last block (1, 1 + N, C), the attention of each block before it).
 
     The attentions: a list of (1, 1 + N, 1 + N). No gradient is kept: Grad-CAM asks for none below
-    the last block. The released code runs the last block twice for a sequence of 77 tokens,
+    the last block. CLIP-ES's code runs the last block twice for a sequence of 77 tokens,
     the length of a text; here it is nothing special (E18).
     """
     x, attentions = visual.embed(image, positions), []
@@ -595,7 +605,7 @@ def grad_cam(visual: nn.Module, x: torch.Tensor, texts: torch.Tensor, J: int, sc
     J classes, then of the background words; scale: CLIP's exp(logit_scale).
 
     A (N, C) are ln_1's outputs, p = softmax(scale * cosine(image, texts)). The image's feature is
-    the mean of its PATCHES: the class token is left out, as released (E5). What is
+    the mean of its PATCHES: the class token is left out, as in CLIP-ES's code (E5). What is
     differentiated is the probability, not the cosine: a place that speaks for a background word as
     well does not raise p_k (E6). The gradient reaches A through the attention alone, since the
     residual sum goes past ln_1.
@@ -640,9 +650,10 @@ def affinity(attentions: list[torch.Tensor], last: int = 8) -> torch.Tensor:
 def box_mask(cam: torch.Tensor, threshold: float) -> torch.Tensor:
     """Where the affinity may take a class's evidence from: (h, w) bool, a union of boxes.
 
-    A box surrounds each 8-connected region above `threshold` times the maximum; compared are
-    bytes, cut off, strictly (E10). cam (h, w) in [0, 1]. A region with a hole has one box, that of
-    its rim; the released code gives the hole a box too, inside that one (E12).
+    A box surrounds each 8-connected region above `threshold` times the maximum; both sides are
+    first cut to whole numbers from 0 to 255, then compared with > (E10). cam (h, w) in [0, 1]. A
+    region with a hole has one box, that of its rim; CLIP-ES's code gives the hole a box too, inside
+    that one (E12).
     """
     levels = (cam.cpu() * 255).byte()  # the maximum is 254: min_max ends just under 1 (E7)
     above = levels > int(threshold * int(levels.max()))
@@ -694,7 +705,7 @@ def clip_cams(model: clip.CLIP, texts: torch.Tensor, image: np.ndarray, J: int, 
     with machine.autocast():
         tokens, attentions = patch_tokens(visual, x, half_positions(visual, h, w))
     found = grad_cam(visual, tokens, texts, J, model.logit_scale.exp())
-    before = min_max(min_max(found["raw"].relu().view(J, h, w)))  # twice, as released (E7)
+    before = min_max(min_max(found["raw"].relu().view(J, h, w)))  # twice, as in CLIP-ES's code (E7)
     boxes = torch.stack([box_mask(cam, threshold) for cam in before])
     A = affinity([*attentions, found["attention"]])
     after = min_max(class_aware_affinity(A, before, boxes))
@@ -704,8 +715,8 @@ def clip_cams(model: clip.CLIP, texts: torch.Tensor, image: np.ndarray, J: int, 
 def clip_scores(cams: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """CAMs (J, h, w) in [0, 1] -> (1 + J, H, W) float16: [1 - the largest ; cams] at `size` (H, W).
 
-    Not stretched again after the resize, so a map may peak at 0.96 (E14). float16 is how the
-    released code stores its CAMs, and it reckons on in it (E15).
+    Not stretched again after the resize, so a map may peak at 0.96 (E14). float16 is how CLIP-ES's
+    code stores its CAMs, and it reckons on in it (E15).
     """
     cams = F.interpolate(cams[None], size, mode="bilinear", align_corners=False)[0].half()
     return torch.cat([1 - cams.amax(0, keepdim=True), cams])
@@ -724,7 +735,7 @@ def wrapped_colours(image: np.ndarray) -> torch.Tensor:
 
 
 def log_scores(scores: torch.Tensor) -> torch.Tensor:
-    """log of scores (float16), floored at 1e-5 and itself rounded to float16, as released (E15)."""
+    """log of scores (float16), floored at 1e-5 and itself rounded to float16 (E15)."""
     return scores.clamp(1e-5, 1).log()
 
 
@@ -735,13 +746,13 @@ def crf_of_scores(scores: torch.Tensor, image: np.ndarray) -> torch.Tensor:
     return dense_crf(probs[None], colours[None], *CLIP_CRF)[0]
 
 
-def confident_labels(Q: torch.Tensor, classes) -> np.ndarray:
+def confident_labels(Q: torch.Tensor, present) -> np.ndarray:
     """Q (1 + J, H, W) -> label map (H, W) uint8: the likeliest class, 255 below CONFIDENCE.
 
-    classes: the J class numbers from 1 (E17).
+    present: the J class numbers from 1 (E17).
     """
     best, index = Q.max(0)
-    label = np.concatenate([[0], classes]).astype(np.uint8)[index.cpu().numpy()]
+    label = np.concatenate([[0], present]).astype(np.uint8)[index.cpu().numpy()]
     label[(best < CONFIDENCE).cpu().numpy()] = IGNORE
     return label
 
@@ -754,38 +765,38 @@ def encode_classes(model: clip.CLIP, data: Dataset) -> tuple[torch.Tensor, torch
     return features[:len(foreground)], features[len(foreground):]
 
 
-def clip_seed(model, texts, image: np.ndarray, classes: list[int], threshold: float, machine):
+def clip_seed(model, texts, image: np.ndarray, present: list[int], threshold: float, machine):
     """One photo, all steps: (arrays for its .npz, label map (H, W) uint8 with 255 where unsure).
 
-    texts: of `encode_classes`; classes: the photo's class numbers from 1. The arrays are the
+    texts: of `encode_classes`; present: the photo's class numbers from 1. The arrays are the
     classifier's "keys" (J,) and "cam" (J, H/4, W/4) float16, and with them what explains the seed:
     "probs" (J,), and at stride 16 "before" (J, h, w) float16 and "boxes" (J, h, w) bool.
     """
     H, W = image.shape[:2]
     foreground, background = texts
-    numbers = torch.tensor(classes, dtype=torch.int64, device=background.device)
+    numbers = torch.tensor(present, dtype=torch.int64, device=background.device)
     here = torch.cat([foreground[numbers - 1], background])  # (J + words, D), the photo's first
-    found = clip_cams(model, here, image, len(classes), threshold, machine)
+    found = clip_cams(model, here, image, len(present), threshold, machine)
     label = np.zeros((H, W), np.uint8)
-    if classes:  # a photo of nothing that has a name is all background (E21)
+    if present:  # a photo of nothing that has a name is all background (E21)
         Q = crf_of_scores(clip_scores(found["after"], (H, W)), image)  # (1 + J, H, W)
-        label = confident_labels(Q, classes)
-    grid = (math.ceil(H / 4), math.ceil(W / 4))
-    cams = F.interpolate(found["after"][:, None], grid, mode="bilinear")[:, 0]  # (J, H/4, W/4)
+        label = confident_labels(Q, present)
+    cams = F.interpolate(found["after"][:, None], cam_grid(H, W), mode="bilinear")
+    cams = cams[:, 0]  # (J, H/4, W/4)
     arrays = {"cam": cams.half(), "before": found["before"].half(), "boxes": found["boxes"],
               "probs": found["probs"]}
     arrays = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
-    return {"keys": np.array(classes, np.uint8), **arrays}, label
+    return {"keys": np.array(present, np.uint8), **arrays}, label
 
 
 def seeds_from_clip(model: clip.CLIP, data, ids, labels, machine, folder) -> dict:
-    """Write what --method clip leaves; returns its provenance."""
+    """Provenance of the seeds that are written here, by CLIP."""
     model = model.to(machine.device).requires_grad_(False)
     texts = encode_classes(model, data)
     threshold = BOX_THRESHOLD.get(data.name, BOX_THRESHOLD["VOC2012"])
 
-    def make(image, classes):
-        return clip_seed(model, texts, image, classes, threshold, machine)
+    def make(image, present):
+        return clip_seed(model, texts, image, present, threshold, machine)
 
     write_seeds(make, data, ids, labels, machine, folder)
     if machine.main:
@@ -813,10 +824,12 @@ def write_clip_log(data, ids, folder):
 
 # ================================================================== II. the dense CRF of all stages
 # Fully connected CRF, mean-field inference (Kraehenbuehl and Koltun, NeurIPS 2011): every pixel
-# listens to every other, the more the closer the two are in place and colour. That sum over all
-# pairs is a Gaussian filter, done on a permutohedral lattice (Adams, Baek and Davis, Eurographics
-# 2010). The published WeakCLIP numbers were made with that lattice, so its approximation is part of
-# the method: the exact filter (`exact=True`) gives other labels on 0.5 to 14 % of the pixels.
+# listens to all (and, in code but not in the paper, to itself), the more the closer the two are in
+# position and colour. Mean field: the others' labels are not known, so their present probabilities
+# stand for them; all pixels are updated at once, and that ten times over. The sum over all pairs is
+# a Gaussian filter, done on a permutohedral lattice (Adams, Baek and Davis, Eurographics 2010). The
+# published WeakCLIP numbers were made with that lattice, so its approximation is part of the
+# method: the exact filter (`exact=True`) gives other labels on 0.5 to 14 % of the pixels.
 #
 # The lattice by example, in one dimension (d = 1). Its vertices are the whole numbers, one unit is
 # sqrt(3) / 2 standard deviations. Point a lies at 0.25 and has the value 8, b at 1.5 and has 4.
@@ -832,12 +845,22 @@ def write_clip_log(data, ids, folder):
 #     slice  a        2/3 * (3/4 * 12 + 1/4 * 14) = 8.33     the same weights as in splat, and a
 #            b        2/3 * (1/2 * 14 + 1/2 * 8) = 7.33      constant, 1 / (1 + 2^-d)
 #
-# In the plane sum(x) = 0 of d + 1 = 2 coordinates both axes run along the one line, so it is
-# blurred twice. The constant gives a lone point on a vertex its own value back.
 # Where both points have the value 1 comes 1.30 and 1.31. So the means around a and b are 6.40 and
-# 5.59; the exact filter has 6.57 and 5.43. In d dimensions nothing else changes: segments become
-# simplices (triangles, tetrahedra, ...) with d + 1 corners, and the blur goes along d + 1 axes.
-# (`test_the_worked_example` has these numbers.)
+# 5.59; the exact filter has 6.57 and 5.43. (`test_the_worked_example` has these numbers.) The
+# constant would give a lone point on a vertex its own value back, were no vertex absent; here it
+# gets 5/6 of it. In the CRF constants cancel, since every kernel is divided by its sums of ones.
+#
+# In d dimensions (2 for position, 5 with colour) features lie in the plane sum(x) = 0 of d + 1
+# coordinates. Vertices are its integer points whose coordinates all leave the same remainder when
+# divided by d + 1. They cut the plane into equal simplices (segments, triangles, tetrahedra, ...)
+# with d + 1 corners, one of each remainder; a cube would have 2^d, so 32 where a simplex has 6. For
+# d = 2 a triangle is
+#
+#     [0, 0, 0]  --axis 2-->  [1, 1, -2]  --axis 1-->  [2, -1, -1]  --axis 0-->  [0, 0, 0]
+#
+# and each step along an axis adds 1 to every coordinate and takes d + 1 from its own. The d + 1
+# axes lie in the plane like the spokes of a wheel, so blurs of one width along all of them are
+# together round. For d = 1 vertex v is [v, -v], and both axes run along one line: two blurs.
 
 class Lattice:
     """Gaussian filter exp(-|f - f'|^2 / 2) over P points with d features: splat, blur, slice.
@@ -852,37 +875,40 @@ class Lattice:
     def __init__(self, features):
         B, P, d = features.shape
         self.shape = B, P
-        cell, turn, weights = simplex(features.permute(2, 0, 1).reshape(d, B * P))
-        corners, places, total = number_corners(cell, turn, B)  # (d+1, BP)
+        origin, turn, weights = simplex(features.permute(2, 0, 1).reshape(d, B * P))
+        corners, places, total = number_corners(origin, turn, B)  # (d+1, BP)
 
         # Equal numbers are one vertex. Corners in different rows never are (their remainders
         # differ), so each row is sorted by itself, which takes half as long as all in one.
         # Row k holds each point's corner whose coordinates leave remainder k, see `simplex`.
-        rows = [row.sort(stable=True) for row in corners]
-        corners = torch.cat([row.values for row in rows])  # ((d+1)BP,)
-        point = torch.stack([row.indices for row in rows])  # (d+1, BP)
-        is_first = torch.ones_like(corners, dtype=torch.bool)
-        is_first[1:] = corners[1:] != corners[:-1]
+        sorted_rows = [row.sort(stable=True) for row in corners]
+        numbers = torch.cat([row.values for row in sorted_rows])  # ((d+1)BP,) rising
+        point = torch.stack([row.indices for row in sorted_rows])  # (d+1, BP) whose corner it is
+        is_first = torch.ones_like(numbers, dtype=torch.bool)
+        is_first[1:] = numbers[1:] != numbers[:-1]
         first = is_first.nonzero()[:, 0]  # (M,) where a vertex starts
-        vertex = is_first.cumsum(0, dtype=torch.int32).sub_(1).view(d + 1, B * P)  # of each corner
+        vertex = is_first.cumsum(0, dtype=torch.int32).sub_(1).view(d + 1, B * P)  # in that order
 
         # Splat: a vertex sums the points of all corners with its number. Row M has none: it stays
         # 0, and stands for every vertex that is absent.
         self.splat_index = point.flatten().int()
-        self.splat_start = F.pad(first, (0, 1), value=len(corners)).int()  # (M+1,)
+        self.splat_start = F.pad(first, (0, 1), value=len(numbers)).int()  # (M+1,)
         self.splat_weights = weights.gather(1, point).flatten()
         # Blur: a vertex and its two neighbours along each axis.
-        self.blur_index = neighbours(corners[first], places, total).flatten(1)  # (d+1, 3(M+1))
+        self.blur_index = neighbours(numbers[first], places, total).flatten(1)  # (d+1, 3(M+1))
         self.blur_start = 3 * torch.arange(len(first) + 1, dtype=torch.int32, device=vertex.device)
         self.blur_weights = weights.new_tensor([1, 0.5, 0.5]).repeat(len(first) + 1)
-        # Slice: a point sums its corners.
+        # Slice: a point sums its corners. From sorted order back to the points' own.
         self.slice_index = torch.empty_like(vertex).scatter_(1, point, vertex).t().contiguous()
-        self.slice_start = torch.arange(0, len(corners), d + 1, dtype=torch.int32,
+        self.slice_start = torch.arange(0, len(numbers), d + 1, dtype=torch.int32,
                                         device=vertex.device)
         self.slice_weights = (weights / (1 + 2.0 ** -d)).t().contiguous()  # (BP, d+1)
 
     def __call__(self, values):
-        return self.slice(self.blur(self.splat(values.flatten(0, 1)))).unflatten(0, self.shape)
+        """values (B, P, K), filtered: (B, P, K)."""
+        vertices = self.splat(values.flatten(0, 1))  # (M+1, K)
+        vertices = self.blur(vertices)
+        return self.slice(vertices).unflatten(0, self.shape)
 
     def splat(self, values):
         """Points (BP, K) -> vertices (M+1, K)."""
@@ -900,18 +926,18 @@ class Lattice:
             parts.append(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def slice(self, x, rows=slice(None)):
-        """Vertices (M+1, K) -> the points `rows`, (R, K)."""
+    def slice(self, x, rows=...):
+        """Vertices (M+1, K) -> the points `rows`, (R, K); all without `rows`."""
         index, weights = self.slice_index[rows], self.slice_weights[rows]  # (R, d+1)
         start = self.slice_start[:len(index)]
         return weighted_sums(x, index.flatten(), start, weights.flatten())
 
-    def normalise(self, weight):
-        """From now on weight * D^-1/2 k D^-1/2, k the filter as built and D its row sums.
+    def divide_by_degrees(self, weight):
+        """Itself, from now on weight * D^-1/2 k D^-1/2: k the filter as built, D its row sums.
 
-        A pixel among many alike has a large row sum D: left as it is, a sky would shout down a
-        wire before it. Half of D is divided out where a pixel speaks and half where it listens, so
-        that i still moves j as much as j moves i; k / D would not have that.
+        A pixel among many alike has a large row sum, its degree: left as it is, a sky would shout
+        down a wire before it. Half is divided out where a pixel speaks and half where it listens,
+        so that i moves j as much as j moves i (in the lattice nearly so); k / D has not that.
         """
         ones = self.slice_weights.new_ones(*self.shape, 1)
         norm = (self(ones) + 1e-20).rsqrt().flatten()  # (BP,)
@@ -922,14 +948,37 @@ class Lattice:
 
 def weighted_sums(x, index, start, weights):
     """A sparse matrix times x (N, K): row i is the sum of weights * x[index] from entry start[i] up
-    to entry start[i + 1]. Returns (len(start), K)."""
+    to entry start[i + 1]. Returns (len(start), K).
+
+    An embedding bag is torch's one operation that fetches rows, weighs and adds them without
+    writing the products down.
+    """
     return F.embedding_bag(index, x, start, mode="sum", per_sample_weights=weights)
+
+
+def onto_plane(features):
+    """Features (d, P) as points of the plane sum(x) = 0 in d + 1 dimensions: (d+1, P).
+
+    Feature i goes along (1, ..., 1, -i, 0, ..., 0) with i ones, over its length sqrt(i (i + 1)):
+    these directions lie in the plane at right angles, so distances stay. They are scaled so that
+    splat, blur and slice together have standard deviation 1: in each direction the blurs have the
+    variance (d + 1)^2 / 2, splat and slice (d + 1)^2 / 12 each, on average.
+    """
+    d, P = features.shape
+    x = features.new_empty(d + 1, P)
+    tail = features.new_zeros(P)  # what later features have put on every earlier coordinate
+    for i in range(d, 0, -1):
+        f = features[i - 1] * (math.sqrt(2 / 3) * (d + 1) / math.sqrt(i * (i + 1)))
+        x[i] = tail - i * f
+        tail = tail + f
+    x[0] = tail
+    return x
 
 
 def simplex(features):
     """The simplex around each of P points: where its corner 0 is, how to walk on, and the weights.
 
-    Returns cell (d, P) float32, corner 0 divided by d + 1; turn (d+1, P) int64; weights (d+1, P)
+    Returns origin (d, P) float32, corner 0 divided by d + 1; turn (d+1, P) int64; weights (d+1, P)
     of the corners, which sum to 1. features (d, P) float32.
     Corner 0 has coordinates that are multiples of d + 1. The other corners come by a walk: a step
     along an axis adds 1 to every coordinate and takes d + 1 from that axis's, so that the sum stays
@@ -938,51 +987,43 @@ def simplex(features):
     b has it at [2, -2] and comes to [1, -1] along axis 0.
     Order and rounding follow pydensecrf, so that the same vertices come out.
     """
-    d, P = features.shape
-    # Onto the plane sum(x) = 0 in d + 1 dimensions, so scaled that splat, blur and slice together
-    # have standard deviation 1. In one dimension two blurs of variance 1/2, and 1/6 each for splat
-    # and slice on average, make 4/3 square units, so that a unit is sqrt(3) / 2.
-    x = features.new_empty(d + 1, P)
-    tail = features.new_zeros(P)
-    for i in range(d, 0, -1):
-        f = features[i - 1] * (math.sqrt(2 / 3) * (d + 1) / math.sqrt(i * (i + 1)))
-        x[i] = tail - i * f
-        tail = tail + f
-    x[0] = tail
+    d = len(features)
+    x = onto_plane(features)  # (d+1, P)
     # The nearest multiples of d + 1. Axes ranked by what remains, the largest first; the sum may
     # be off by s times d + 1. If s > 0, the s last in rank are lowered by one; if s < 0, the -s
     # first are raised. Adding s to every rank makes exactly those leave 0..d.
-    cell = (x / (d + 1)).round_()
-    rest = x - cell * (d + 1)
-    rank = cell.sum(0).to(torch.int8).repeat(d + 1, 1)
+    origin = (x / (d + 1)).round_()
+    rest = x - origin * (d + 1)
+    rank = origin.sum(0).to(torch.int8).repeat(d + 1, 1)
     for (rest_i, rank_i), (rest_j, rank_j) in itertools.combinations(list(zip(rest, rank)), 2):
         smaller = rest_i < rest_j
         rank_i += smaller
         rank_j += ~smaller
     wrap = (rank < 0).to(torch.int8) - (rank > d).to(torch.int8)
-    cell += wrap
+    origin += wrap
     turn = d - (rank + wrap * (d + 1)).long()
     # Barycentric weights: how much more remains on an axis than on the one stepped along before.
     # Mixed with them the corners give the point. None is negative, because what remains rises along
     # the walk and spans at most 1: that is why the walk goes by rank, else one would be.
-    rest = (x - cell * (d + 1)) / (d + 1)
+    rest = (x - origin * (d + 1)) / (d + 1)
     rest = torch.empty_like(rest).scatter_(0, turn, rest)  # in the order of the walk, rising
     weights = rest.clone()
     weights[1:] -= rest[:-1]
     weights[0] += 1 - rest[d]
-    return cell[:d], turn, weights
+    return origin[:d], turn, weights
 
 
-def number_corners(cell, turn, B):
+def number_corners(origin, turn, B):
     """One whole number for each corner, equal where two corners are the same vertex.
 
     Returns numbers (d+1, BP), the places (d+1,) by which a step along an axis changes them, and how
     many numbers there are per remainder. A number's digits are remainder, image and the first d
-    coordinates // (d + 1) (the last one is implied): a step raises the first and lowers one other.
-    cell, turn: of `simplex`. Raises ValueError where 63 bits do not suffice.
+    coordinates // (d + 1). A step raises the first and lowers one other: none along the last axis,
+    whose digit is implied.
+    origin, turn: of `simplex`. Raises ValueError where 63 bits do not suffice.
     """
-    d, BP = cell.shape
-    low, high = torch.stack([cell.amin(1), cell.amax(1)]).tolist()
+    d, BP = origin.shape
+    low, high = torch.stack([origin.amin(1), origin.amax(1)]).tolist()
     low = [int(v) - 2 for v in low]  # two below: a corner may be one lower, its neighbour two
     spans = [int(h) + 2 - v for h, v in zip(high, low)]
     total = B * math.prod(spans)
@@ -991,13 +1032,15 @@ def number_corners(cell, turn, B):
                          "larger bandwidths (sxy, srgb) are needed")
     dtype = torch.int32 if total * (d + 1) < 2 ** 31 else torch.int64  # int32 sorts twice as fast
     places = [math.prod(spans[i + 1:]) for i in range(d)] + [0]
-    start = torch.arange(B, dtype=dtype, device=cell.device) * math.prod(spans)
-    start = start.repeat_interleave(BP // B)  # (BP,)
+    number = torch.arange(B, dtype=dtype, device=origin.device) * math.prod(spans)
+    number = number.repeat_interleave(BP // B)  # (BP,) of corner 0
     for axis in range(d):
-        start += (cell[axis].to(dtype) - low[axis]) * places[axis]
-    places = torch.tensor(places, dtype=dtype, device=cell.device)
-    steps = start.new_empty(d + 1, BP).scatter_(0, turn, (total - places)[:, None].expand(-1, BP))
-    return torch.cat([start[None], steps[:d]]).cumsum_(0), places, total
+        number += (origin[axis].to(dtype) - low[axis]) * places[axis]
+    places = torch.tensor(places, dtype=dtype, device=origin.device)
+    gain = total - places  # (d+1,) of a step along each axis: remainder + 1, its own digit - 1
+    # What each step of the walk adds, in order. The last would lead back to corner 0.
+    steps = number.new_empty(d + 1, BP).scatter_(0, turn, gain[:, None].expand(-1, BP))
+    return torch.cat([number[None], steps[:d]]).cumsum_(0), places, total
 
 
 def neighbours(vertices, places, total):
@@ -1016,7 +1059,7 @@ def neighbours(vertices, places, total):
     index = plus.new_full((d + 1, M + 1, 3), M)
     index[:, :, 0] = itself
     index[:, :M, 1] = plus
-    # Whose neighbour ahead I am, is my neighbour behind (what lands in row M has none ahead).
+    # If u is ahead of v, v is behind u. (What lands in row M has none ahead, and is overwritten.)
     index[:, :, 2].scatter_(1, plus.long(), itself[:M].expand(d + 1, -1))
     index[:, M] = M
     return index
@@ -1050,8 +1093,8 @@ class ExactFilter:
         """The points `rows` of values (BP, K)."""
         return values[rows]
 
-    def normalise(self, weight):
-        """As `Lattice.normalise`."""
+    def divide_by_degrees(self, weight):
+        """As `Lattice.divide_by_degrees`."""
         norm = (self(self.features.new_ones(*self.shape, 1)) + 1e-20).rsqrt()  # (B, P, 1)
         self.before, self.after = norm, weight * norm
         return self
@@ -1066,8 +1109,8 @@ def pixel_positions(B, H, W, device):
 
 @functools.lru_cache(maxsize=2)
 def position_filter(make, B, H, W, sxy, weight, device):
-    """The Gaussian kernel: no colours, so one serves all photos of a size; two are kept."""
-    return make(pixel_positions(B, H, W, device) / sxy).normalise(weight)
+    """The kernel of positions alone: it serves all photos of a size, and two sizes are kept."""
+    return make(pixel_positions(B, H, W, device) / sxy).divide_by_degrees(weight)
 
 
 def softmax_rows(x, out):
@@ -1088,18 +1131,22 @@ def dense_crf(probs, image, gaussian=(3, 3), bilateral=(80, 13, 10), iterations=
         Q0 = softmax(-U),  Q <- softmax(-U + sum_m w_m D_m^-1/2 k_m D_m^-1/2 Q)
         U = -log probs,    D = row sums of k
     probs (B, K, H, W) positive, need not sum to one over K; image (B, 3, H, W) RGB 0..255;
-    gaussian (sxy, weight), bilateral (sxy, srgb, weight), sxy in pixels, srgb in grey levels.
+    gaussian (sxy, weight) of the kernel of positions, bilateral (sxy, srgb, weight) of that of
+    positions and colours, sxy in pixels, srgb in grey levels; the names are pydensecrf's (both are
+    Gaussians), the defaults those of stage 2's loss.
     Potts model: similar pixels raise each other's score of the class that they are of, different
     classes do not interact. Raises ValueError where bandwidths are too fine, and MemoryError.
     """
     B, K, H, W = probs.shape
     make = ExactFilter if exact else Lattice
     what = f"a dense CRF of {B}x{H}x{W} pixels and {K} labels"
+    # Bytes a pixel: about 600 for the two lattices while they are made; a label has four numbers of
+    # 4 bytes, in log_p, Q and both blurred, and a little more.
     with memory_for(what, B * H * W * (600 + 18 * K)):
-        place = pixel_positions(B, H, W, probs.device) / bilateral[0]
+        position = pixel_positions(B, H, W, probs.device) / bilateral[0]
         colour = image.flatten(2).transpose(1, 2).float() / bilateral[1]  # (B, HW, 3)
         kernels = [position_filter(make, B, H, W, *gaussian, probs.device),
-                   make(torch.cat([place, colour], 2)).normalise(bilateral[2])]
+                   make(torch.cat([position, colour], 2)).divide_by_degrees(bilateral[2])]
         log_p = probs.float().log().permute(0, 2, 3, 1).reshape(-1, K).contiguous()  # (BHW, K)
         Q = torch.empty_like(log_p)
         softmax_rows(log_p.clone(), Q)

@@ -6,10 +6,9 @@ reads   VOC2012/JPEGImages/<id>.jpg
 writes  runs/VOC2012/3_segment/{args.json, log.jsonl, checkpoint.pt, preview.png}
         runs/VOC2012/3_segment/masks/<split>/<id>.png
 
-Stage 2 learned from the image-level labels of the very photos that it then masked. The network
-here needs nothing but a photo, so it is what the lists val and test judge: what the masks were
-worth. DeepLabV2 (Chen et al., TPAMI 2018) on a torchvision ResNet; the released code has DeepLabV1
-on ResNet-38d instead.
+Stage 2 masks photos whose labels it was given. The network here needs nothing but a photo, so it
+can be scored on val and test; its mIoU there says what the masks were worth. DeepLabV2 (Chen et
+al., TPAMI 2018) on a torchvision ResNet; the released code has DeepLabV1 on ResNet-38d instead.
 
 The training loop and the run folder come from stage1_cam.py, the writing of masks with its CRF from
 stage2_weakclip.py: all stages share them, because exact resume must be written only once. What is
@@ -41,7 +40,8 @@ from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_facts, mas
                              mask_photos, masks_are_current, mean_cross_entropy, open_masks, resize,
                              resize_image, write_all_masks)
 
-RECIPE = {"iters": 20_000, "lr": 5e-3}  # defaults, for `--batch-size 16`
+# The released recipe (DeepLabV1's) where it fits: crop, scales, SGD and its rate for 16 images.
+RECIPE = {"iters": 20_000, "lr": 5e-3}  # GUESS half of the released iterations
 # Of the CRF at test: (Gaussian sxy, weight), (bilateral sxy, srgb, weight), as released; stage 2's
 # masks have other constants.
 SEGMENT_CRF = {"VOC2012": ((1, 3), (112, 2, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
@@ -52,13 +52,13 @@ SEGMENT_CRF = {"VOC2012": ((1, 3), (112, 2, 3)), "COCO2014": ((1, 3), (67, 3, 4)
 class DeepLab(nn.Module):
     """ResNet at output stride 8 and DeepLabV2's head: photo (B, 3, H, W) -> (B, K, H/8, W/8).
 
-    arch: "resnet18", "resnet50" or "resnet101"; weights: as `--weights`; classes: K.
+    arch: "resnet18", "resnet50" or "resnet101"; weights: as `--weights`; n_classes: K.
     """
 
-    def __init__(self, arch: str, weights: str, classes: int):
+    def __init__(self, arch: str, weights: str, n_classes: int):
         super().__init__()
         # A classifier's ResNet ends at stride 32. Its layer3 and layer4 keep stride 8 here and
-        # are dilated instead, by 2 and 4: they see as far as before, but in finer steps.
+        # are dilated instead, by 2 and 4: see `resnet`.
         net = resnet(arch, weights, (2, 4))
         self.pretrained = weights != "none"
         self.backbone = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool,
@@ -67,10 +67,10 @@ class DeepLab(nn.Module):
         # surroundings, near and far.
         self.classifier = nn.ModuleList()
         for d in (6, 12, 18, 24):
-            conv = nn.Conv2d(net.fc.in_features, classes, 3, padding=d, dilation=d)
+            conv = nn.Conv2d(net.fc.in_features, n_classes, 3, padding=d, dilation=d)
             self.classifier.append(conv)
         for conv in self.classifier:
-            nn.init.normal_(conv.weight, std=0.01)  # GUESS as DeepLab starts its own head
+            nn.init.normal_(conv.weight, std=0.01)  # as DeepLab's own head starts
             nn.init.zeros_(conv.bias)
 
     def train(self, mode=True):
@@ -206,7 +206,7 @@ def parse_args(argv=None):
         "--masks", type=Path, metavar="DIR",
         help="folder of label PNGs <id>.png to learn from; true masks give an upper bound "
              "[stage 2's]")
-    parser.add_argument(
+    method.add_argument(
         "--predict", default="val", metavar="LIST,LIST",
         help="lists whose masks are written; a finished run predicts further ones without "
              "training again [%(default)s]")
@@ -240,7 +240,7 @@ def preview(data, split: str, ids: list[str], folder: Path):
 
 
 def prepare(args):
-    """Check all input -> (data, machine, ids, lists).
+    """Check all input, fill in args.masks -> (data, machine, ids, lists).
 
     ids: images to learn from; lists: {split: ids} of the masks to be made. Raises ValueError.
     """
@@ -253,10 +253,10 @@ def prepare(args):
         if args.masks.name.startswith("SegmentationClass"):
             print(f"--masks {args.masks}: true masks; "
                   "this run is an upper bound, not weakly supervised")
-        # Predicted masks may have a class that the labels lack; most of them only if they are
-        # numbered otherwise, which masks of our own stages (with a record of it) never are.
-        foreign = not read_args(args.masks.parent.parent)
-        labels = data.known_labels(ids) if foreign else {}
+        # Masks of our own stages lie in <stage>/masks/<split>, beside the stage's args.json. Others
+        # may number the classes otherwise: then most have a class that the photo's labels lack.
+        stage_folder = args.masks.parent.parent
+        labels = {} if read_args(stage_folder) else data.known_labels(ids)
         check_inputs(data, ids, args.masks, labels, tolerated=0.5)
         # Photos that are only predicted need no mask.
         predicted = set().union(*lists.values())
