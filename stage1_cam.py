@@ -225,7 +225,7 @@ def classifier_seed(model, image: np.ndarray, present: list[int], crop: int, mac
 
 
 def write_seeds(make, data, ids, labels, machine, folder):
-    """Write cams/<id>.npz and seeds/<id>.png for every id; what exists is done.
+    """Write cams/<id>.npz and seeds/<id>.png for every id whose files do not exist.
 
     make(image, present) -> (arrays, label map), of either method; labels: {id: class numbers from
     1}. Each process of torchrun does its own share of the ids.

@@ -64,12 +64,6 @@ from stage1_cam import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Machin
                         photo_faults, preview_ids, read_checkpoint, set_aside, set_provenance,
                         start_run, truth_pictures, work_on, write_preview)
 
-# Temperature of the score map's cross entropy. A cosine differs by a few tenths between a class
-# that fits and one that does not; divided by 0.07 the difference is large enough for a softmax.
-# It is the value that CLIP's own training started from, and here it stays fixed (11).
-TAU = 0.07
-
-
 # ===================================================================================== switches
 
 @dataclass(frozen=True)
@@ -78,16 +72,17 @@ class Switches:
 
     `--variant released` is the preset of that name below. `--set field=value` changes one field,
     to study what a part of the paper, or a surprise of the released code, does. The list is to come
-    back to: each field is explained where it acts, at its name.
+    back to: search for a field's name to see where it acts, and why.
     """
     # Where the released code parts from the abstract, or from what is plainly meant.
-    freeze_clip: bool = True  # (1) released: CLIP trains, at a rate that rises from 0 to 1e-6
-    train_adapter: bool = True  # (2) released: the adapter has CLIP's rate, so it hardly trains
+    freeze_clip: bool = True  # (1) released, False: CLIP trains, at a rate that rises to 1e-6
+    train_adapter: bool = True  # (2) released, False: at that same rate, which is hardly at all
     drop_path: float = 0.0  # (5) released: 0.1 in the image encoder
     chain_coattention: bool = True  # (8) released: every layer of a stack gets the stack's input
     class_embedding_once: bool = True  # (10) released: added twice to the class token
     positions_resized_once: bool = True  # (10) released: CLIP's grid -> training's -> the window's
-    # (22) image, logits and labels meet (not torch's align_corners); released: 3.5 pixels apart
+    # (22, 23) image, logits and labels are all read at the cells' centres; released: up to 3.5
+    # pixels apart. (torch's align_corners is something else, and part of what was released.)
     aligned: bool = True
     score_loss_over_valid: bool = True  # (24) released: divided by all pixels, unsure ones too
     clip_normalisation: bool = True  # (26) released: ImageNet's mean and standard deviation
@@ -110,38 +105,6 @@ RELEASED = Switches(
     class_embedding_once=False, positions_resized_once=False, aligned=False,
     score_loss_over_valid=False, clip_normalisation=False, train_listed_twice=True,
     pad_windows=False)
-
-# From (included) and to (left out) for the switches that are numbers.
-RANGES = {"drop_path": (0, 1), "boundary_weight": (0, math.inf), "score_weight": (0, math.inf),
-          "loss_crf_sxy": (0.1, math.inf)}
-
-
-def choose_switches(variant: str, settings: list[str]) -> Switches:
-    """The switches of a preset ("paper" or "released") with the settings "field=value" on top.
-
-    Raises ValueError for an unknown field or a value that the field cannot have.
-    """
-    switches = {"paper": PAPER, "released": RELEASED}[variant]
-    types = {field.name: field.type for field in dataclasses.fields(Switches)}
-    for text in settings:
-        name, _, value = text.partition("=")
-        if name not in types:
-            raise ValueError(f"--set {text}: the fields are {', '.join(types)}")
-        if types[name] is bool:
-            if value.lower() not in ("true", "false"):
-                raise ValueError(f"--set {text}: {name} is true or false")
-            value = value.lower() == "true"
-        else:
-            try:
-                value = float(value)
-            except ValueError:
-                raise ValueError(f"--set {text}: {name} is a number") from None
-            low, high = RANGES[name]
-            if not low <= value < high:
-                raise ValueError(f"--set {text}: {name} is from {low} to below {high}")
-        switches = dataclasses.replace(switches, **{name: value})
-    return switches
-
 
 # ============================================================================== pyramid adapter
 # A ViT-B/16 looks at patches of 16 x 16 pixels and keeps this one grid from its first block to its
@@ -257,7 +220,7 @@ def name_tokens(classes, context_length: int, prompts: int = 8) -> Tensor:
 # small stacks of attention layers introduce them to each other. Texts look at pixels, so that
 # "dog" can become the dog of this photo: its breed, its pose, its light. Pixels look at texts, so
 # that each can move towards the classes in question, away from what does not matter here. What the
-# stacks return is added to CLIP's features with a small weight, so training starts near CLIP.
+# stacks return is added to CLIP's features with a small weight, so that it changes little at first.
 #
 # Texts and pixels can be compared at all because CLIP projects both into one space. There, a photo
 # has one global embedding, of its class token, and dense embeddings, one of each patch: the
@@ -700,11 +663,11 @@ class WeakCLIP(nn.Module):
 
 # ======================================================================================= losses
 # There is no true mask to learn from, only seeds: right in the middle of objects, wrong or unsure
-# near their ends. Each of three losses (seeding, boundary, score) covers what another cannot see;
-# `weakclip_losses` adds them up. Seeding and boundary are taken at an eighth of the image's size,
-# because the dense CRF runs at every step. For now: a dense CRF redraws probabilities so that near
-# and like-coloured pixels agree (stage 1, part II). The default seeds of stage 1 leave nothing
-# unsure; padding, and seeds of other methods, do.
+# near their boundaries. Each of three losses (seeding, boundary, score) covers what another
+# cannot see; `weakclip_losses` adds them up. Seeding and boundary are taken at an eighth of the
+# image's size, because the dense CRF runs at every step. For now: a dense CRF redraws
+# probabilities so that near and like-coloured pixels agree (stage 1, part II). The default seeds
+# of stage 1 leave nothing unsure; padding, and seeds of other methods, do.
 
 def seeding_loss(p: Tensor, y: Tensor) -> Tensor:
     """Class-balanced log likelihood of the seeds, a scalar.
@@ -714,7 +677,7 @@ def seeding_loss(p: Tensor, y: Tensor) -> Tensor:
     # PAPER seeding.
 
     Pulls every seed pixel to its label. It cannot see unsure pixels, and it believes a seed that
-    spills over an object's end.
+    spills over an object's boundary.
     """
     nll = F.nll_loss(p.log(), y, ignore_index=IGNORE, reduction="none")  # (B, h, w)
     background = y == 0
@@ -737,18 +700,18 @@ def boundary_loss(p: Tensor, q: Tensor) -> Tensor:
     clip cuts, the gradient is zero. All pixels count, padding and unsure ones too (19).
     # PAPER boundary.
 
-    The CRF moves the ends of p's regions to where colours change, so this loss pulls the network
-    to end there by itself, unsure pixels included. It cannot see names: a cow called a horse is
-    as good as one called a cow, if its outline is right. That is left to the seeds.
+    The CRF moves the boundaries of p's regions to where colours change, so this loss teaches the
+    network to draw them there by itself, unsure pixels included. It cannot see names: a cow called
+    a horse is as good as one called a cow, if its outline is right. That is left to the seeds.
     """
-    # Unclipped, log(q / p) grows without end where the network is sure and the CRF says otherwise;
-    # a few such pixels, which may well be the CRF's mistakes, would rule the batch.
+    # Unclipped, log(q / p) reaches 16 where the network is sure (p is at least 1e-7) and the CRF
+    # says otherwise; a few such pixels, which may well be the CRF's mistakes, would rule the batch.
     return (q * (q / p).clamp(0.05, 20).log()).sum(1).mean()
 
 
 def floor_and_normalise(q: Tensor) -> Tensor:
     """The CRF's answer (B, K, h, w), at least 1e-4 everywhere and summing to one again."""
-    q = q.clamp(min=1e-4)  # keeps log(q / p) finite
+    q = q.clamp(min=1e-4)  # as released: what the CRF rules out keeps a little
     return q / q.sum(1, keepdim=True)
 
 
@@ -779,6 +742,12 @@ def mean_cross_entropy(logits: Tensor, labels: Tensor, over_valid=True) -> Tenso
     if not over_valid:
         return nll / labels.numel()
     return nll / (labels != IGNORE).sum().clamp(min=1)
+
+
+# Temperature of the score map's cross entropy. Cosines are within a few tenths of each other;
+# divided by 0.07 their differences are large enough for a softmax. It is the value that CLIP's own
+# training started from, and here it stays fixed (11).
+TAU = 0.07
 
 
 def score_loss(score: Tensor, seeds: Tensor, over_valid=True) -> Tensor:
@@ -812,9 +781,15 @@ def loss_labels(seeds: Tensor, size, aligned=True) -> Tensor:
     Read at the cells' centres, where the logits are too.
     # RELEASED aligned: at the cells' corners (22).
     """
-    # torch's "nearest" reads a cell's first pixel, "nearest-exact" the one in its middle.
-    mode = "nearest-exact" if aligned else "nearest"
-    return F.interpolate(seeds[:, None].float(), size, mode=mode)[:, 0].long()
+    return nearest(seeds[:, None].float(), size, aligned)[:, 0].long()
+
+
+def nearest(labels: Tensor, size, aligned: bool) -> Tensor:
+    """labels (B, 1, H, W) at another size (h, w) by nearest pixel: class numbers do not mix.
+
+    # RELEASED aligned: the pixel at a cell's first corner, not the one in its middle (22).
+    """
+    return F.interpolate(labels, size, mode="nearest-exact" if aligned else "nearest")
 
 
 def crf_image(image: Tensor, size, mean, std, aligned=True) -> Tensor:
@@ -962,9 +937,11 @@ def mean_and_std(switches: Switches):
 
 
 class SeededImages(torch.utils.data.Dataset):
-    """Item (index, sample number) -> image (3, crop, crop) float32, seeds (crop, crop) int64.
+    """Item (index, sample) -> image (3, crop, crop) float32, seeds (crop, crop) int64.
 
-    data: the dataset folder; ids: images to learn from; seeds: folder of their label PNGs.
+    index: which of the ids; sample: how many samples came before in the run, a number from which,
+    with the run's random `seed`, all chance is drawn. data: the dataset folder; ids: images to
+    learn from; seeds: folder of their label PNGs.
     """
 
     def __init__(self, data, ids: list[str], seeds: Path, crop: int, seed: int,
@@ -990,7 +967,7 @@ class SeededImages(torch.utils.data.Dataset):
 
         # Objects are shown half to twice as large as in the photo whose short side is the crop.
         ratio = rng.uniform(0.5, 2)
-        # The long side may have up to four crops, 2,048 pixels as released.
+        # The long side may have up to four crops times the ratio, as released.
         size = fit_size(*image.shape[:2], int(crop * ratio), int(4 * crop * ratio))
         image = resize_image(image, size)
         label = self.resize_label(label, size)
@@ -1009,14 +986,12 @@ class SeededImages(torch.utils.data.Dataset):
         return crop_or_pad(x, crop, 0, 0, 0), crop_or_pad(y, crop, 0, 0, IGNORE)
 
     def resize_label(self, label: np.ndarray, size) -> np.ndarray:
-        """(H, W) uint8 -> (h, w) uint8 by nearest pixel: class numbers cannot be mixed."""
-        # RELEASED aligned: labels are taken at cell corners, half a pixel off the image (22)
-        mode = "nearest-exact" if self.aligned else "nearest"
-        return F.interpolate(torch.from_numpy(label)[None, None], size, mode=mode)[0, 0].numpy()
+        """(H, W) uint8 -> (h, w) uint8; not aligned, half a pixel off the image (22)."""
+        return nearest(torch.from_numpy(label)[None, None], size, self.aligned)[0, 0].numpy()
 
 
 def training_ids(data, args, switches: Switches) -> list[str]:
-    """Ids that training runs over: the training list."""
+    """Ids that training runs over: the training list; VOC's train twice if so released."""
     ids = data.ids(args.split, args.limit)
     if switches.train_listed_twice and args.split == "trainaug" and data.has("train"):
         # RELEASED train_listed_twice: trainaug contains train, and both lists are read (27)
@@ -1082,6 +1057,7 @@ def train(model: WeakCLIP, facts, data, ids: list[str], args, machine: Machine, 
     samples = SeededImages(data, ids, args.seeds, args.crop, args.seed, switches)
     # A frozen CLIP is not saved: every checkpoint would hold the same 150 M numbers.
     frozen = ("clip.",) if switches.freeze_clip else ()
+    # In `fit`, a step is: take a batch, set the rate, add up the losses, backward, optimizer step.
     fit(model, samples, make_optimizer(model, args.lr), losses, warm_cosine(args.iters), args,
         machine, folder, facts, frozen=frozen)
 
@@ -1242,7 +1218,7 @@ def mask_from(probs: Tensor, image: np.ndarray, crf, allowed=None):
 
 def write_masks(predict, ids: list[str], read, folder: Path, machine: Machine, crf, allowed=None,
                 probs_folder: Path | None = None):
-    """Write folder/<id>.png for every id; what exists is done.
+    """Write folder/<id>.png for every id whose file does not exist.
 
     predict: photo (H, W, 3) uint8 -> probabilities (K, H, W); read: id -> photo;
     allowed: {id: class numbers}, None for all. probs_folder: gets <id>.npz too, of the classes
@@ -1336,7 +1312,7 @@ def mask_photos(predict, args, iters, checkpoint: Path, folder: Path, machine: M
 
 
 def mask_facts(args, iters) -> dict:
-    """How masks were made: what changes them, and what a score must say."""
+    """Provenance of masks: what changes them, and what eval.py prints beside their score."""
     return {"iters": iters, "scales": list(args.scales), "flip": not args.no_flip,
             "crf": not args.no_crf, "label_filter": args.label_filter,
             "save_probs": args.save_probs}
@@ -1357,9 +1333,9 @@ def masks_are_current(folder: Path, facts: dict, lists) -> bool:
 def open_masks(folder: Path, facts: dict, args, machine: Machine):
     """Before masks are written: drop what other options left, and note how they are made now.
 
-    In this order a run may be cut off anywhere: first the word "finished" goes, then the old masks,
-    each folder at one stroke, and only then does the record name the new options. So what lies in
-    the folder was made as the record says, or is not there.
+    In this order a run may be cut off anywhere: first args.json's "finished" goes, then the old
+    masks, each folder at one stroke, and only then does the record name the new options. So what
+    lies in the folder was made as the record says, or is not there.
     """
     if machine.main:
         mark_unfinished(folder)
@@ -1568,6 +1544,38 @@ def released_clip(state: dict) -> dict:
 
 # ================================================================================= command line
 
+# From (included) and to (left out) for the switches that are numbers.
+RANGES = {"drop_path": (0, 1), "boundary_weight": (0, math.inf), "score_weight": (0, math.inf),
+          "loss_crf_sxy": (0.1, math.inf)}
+
+
+def choose_switches(variant: str, settings: list[str]) -> Switches:
+    """The switches of a preset ("paper" or "released") with the settings "field=value" on top.
+
+    Raises ValueError for an unknown field or a value that the field cannot have.
+    """
+    switches = {"paper": PAPER, "released": RELEASED}[variant]
+    types = {field.name: field.type for field in dataclasses.fields(Switches)}
+    for text in settings:
+        name, _, value = text.partition("=")
+        if name not in types:
+            raise ValueError(f"--set {text}: the fields are {', '.join(types)}")
+        if types[name] is bool:
+            if value.lower() not in ("true", "false"):
+                raise ValueError(f"--set {text}: {name} is true or false")
+            value = value.lower() == "true"
+        else:
+            try:
+                value = float(value)
+            except ValueError:
+                raise ValueError(f"--set {text}: {name} is a number") from None
+            low, high = RANGES[name]
+            if not low <= value < high:
+                raise ValueError(f"--set {text}: {name} is from {low} to below {high}")
+        switches = dataclasses.replace(switches, **{name: value})
+    return switches
+
+
 def parse_args(argv=None):
     """The command line's options; argv None for the real one."""
     description = __doc__.splitlines()[0]
@@ -1638,8 +1646,7 @@ def prepare(args):
     if data.has("val"):
         lists["val"] = data.ids("val", args.limit)
     if args.label_filter:
-        # Called for its error alone: labels that are missing are better missed now than after
-        # the training.
+        # Called for its error alone: a missing label ends the command now, not after training.
         data.image_labels(lists[args.split])
     learned = training_ids(data, args, choose_switches(args.variant, args.set))
     if machine.main:
