@@ -71,6 +71,7 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of grey levels 0..255, R G B
 IMAGENET_STD = (58.395, 57.12, 57.375)
 CLIP_MEAN = tuple(255 * v for v in (0.48145466, 0.4578275, 0.40821073))
 CLIP_STD = tuple(255 * v for v in (0.26862954, 0.26130258, 0.27577711))
+ARCHITECTURES = ("resnet18", "resnet50", "resnet101")
 # Sizes at which a photo is looked at, relative to the one that `view_scale` gives it.
 CAM_SCALES = (1, 0.5, 1.5, 2)
 
@@ -1482,32 +1483,110 @@ def check_finite(value: dict, step: int):
     The loss can be sound and the step after it not: a gradient overflows, a variance is zero. A NaN
     never leaves the weights again, so a checkpoint that had one would be worth nothing.
     """
-    tensors = dict(value["model"])
-    for number, moments in value["optimizer"]["state"].items():
-        for name, moment in moments.items():
-            if torch.is_tensor(moment):
-                tensors[f"optimizer's {name} of parameter {number}"] = moment
-    names = [name for name in tensors if tensors[name].is_floating_point()]
-    if not names:
-        return
-    device = tensors[names[0]].device  # Adam counts its steps on the CPU
-    sound = torch.stack([tensors[name].isfinite().all().to(device) for name in names])
-    if not sound.all():  # one answer for all of them, so a GPU is waited for once
-        bad = [name for name, fine in zip(names, sound.tolist()) if not fine]
+    bad = not_finite(all_tensors(value))
+    if bad:
         raise ValueError(f"iteration {step - 1}: {first_names(bad)} became infinite or no number; "
                          "nothing was saved since")
 
 
-def read_checkpoint(path: Path) -> dict:
-    """What `save_checkpoint` wrote: plain tensors, numbers and strings, checked as they are read.
+def all_tensors(value: dict) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, weights and the optimizer's, by names for messages."""
+    tensors = dict(value["model"])
+    for number, moments in value["optimizer"]["state"].items():
+        for name, moment in moments.items():
+            tensors[f"optimizer's {name} of parameter {number}"] = moment
+    return tensors
 
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
+    names = [name for name in tensors if tensors[name].is_floating_point()]
+    if not names:
+        return []
+    device = tensors[names[0]].device  # Adam counts its steps on the CPU
+    sound = torch.stack([tensors[name].isfinite().all().to(device) for name in names])
+    if sound.all():  # one answer for all of them, so a GPU is waited for once
+        return []
+    return [name for name, fine in zip(names, sound.tolist()) if not fine]
+
+
+# What to do with a checkpoint that is none.
+DAMAGED = "if a run left it so, delete it: that run then starts afresh"
+# Of what kind the parts of a checkpoint are, and the facts in it.
+PARTS = {"step": int, "model": dict, "optimizer": dict, "facts": dict}
+FACTS = {"stage": str, "classes": list, "arch": str, "clip": str, "crop": int, "switches": dict}
+# The facts that each stage builds its network from.
+NEEDED = {"1_cam": ("classes",), "2_weakclip": ("classes", "clip", "crop", "switches"),
+          "3_segment": ("classes", "arch")}
+# Of a longer run, or a wider table of positions, no file has to be believed.
+MOST_ITERATIONS = 10 ** 9
+LARGEST_CROP = 8192
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What `save_checkpoint` wrote, checked before anyone uses it, in form and numbers.
+
+    "step": iterations done, from 1; "model": {name: tensor}; "optimizer": {"state": {number of
+    a parameter: {name: tensor}}, ...}; "facts": what its stage needs, of the right kinds. All
+    tensors are float32, and finite, or int64. What depends on the network is for `resume` and
+    `load_checkpoint` to compare.
     Pickled objects are refused, never built. Raises ValueError (one line) for any other file.
     """
-    mend = "if a run left it so, delete it: that run then starts afresh"
-    saved = clip.read_tensors(path, "checkpoint", mend)
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path}: not a readable checkpoint (it holds no dict); {mend}")
+    saved = clip.read_tensors(path, "checkpoint", DAMAGED)
+    fault = form_fault(saved) or number_fault(saved)
+    if fault:
+        raise ValueError(f"{path}: not a readable checkpoint ({fault}); {DAMAGED}")
     return saved
+
+
+def form_fault(saved) -> str | None:
+    """What is wrong with the form of a checkpoint's content, None if nothing is."""
+    if not isinstance(saved, dict):
+        return "it holds no dict"
+    for name, kind in PARTS.items():
+        if not isinstance(saved.get(name), kind) or saved[name] is True:
+            return f"its {name} is missing or no {kind.__name__}"
+    if not 1 <= saved["step"] <= MOST_ITERATIONS:
+        return "its step is no number of iterations"
+    if not clip.is_state_dict(saved["model"]):
+        return "its model is no dict of tensors"
+    state = saved["optimizer"].get("state")
+    if not isinstance(state, dict):
+        return "its optimizer has no state"
+    for number, moments in state.items():
+        if not isinstance(number, int) or not clip.is_state_dict(moments):
+            return "its optimizer's state is no dict of tensors for each parameter"
+    return facts_fault(saved["facts"])
+
+
+def facts_fault(facts: dict) -> str | None:
+    """What is wrong with the facts of a checkpoint, None if nothing is."""
+    for name in NEEDED.get(str(facts.get("stage")), ()):
+        if name not in facts:
+            return f"its facts lack {name}"
+    for name, value in facts.items():
+        if not isinstance(value, FACTS.get(name, object)):
+            return f"its facts' {name} is no {FACTS[name].__name__}"
+    if set(map(type, facts.get("classes", ["background"]))) != {str}:
+        return "its facts' classes are no names"
+    if not set(map(type, facts.get("switches", {}).values())) <= {bool, float}:
+        return "its facts' switches are no switches"
+    if facts.get("arch", ARCHITECTURES[0]) not in ARCHITECTURES:
+        return "its facts' arch is none of " + ", ".join(ARCHITECTURES)
+    crop = facts.get("crop", 64)
+    if not 64 <= crop <= LARGEST_CROP or crop % 32:
+        return f"its facts' crop is no multiple of 32 from 64 to {LARGEST_CROP}"
+    return None
+
+
+def number_fault(saved: dict) -> str | None:
+    """What is wrong with the tensors of a checkpoint, None if nothing is."""
+    tensors = all_tensors(saved)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.int64):
+            return f"{first_names([name])} is {tensor.dtype}"
+    bad = not_finite(tensors)
+    return f"{first_names(bad)} infinite or no number" if bad else None
 
 
 def load_trained(model, state: dict, frozen=()):
@@ -1515,37 +1594,88 @@ def load_trained(model, state: dict, frozen=()):
 
     Raises ValueError naming the keys: a network that is half loaded works, and is wrong.
     """
+    own = model.state_dict()
+    for name in own.keys() & state.keys():
+        if own[name].is_floating_point() != state[name].is_floating_point():
+            raise ValueError(f"does not fit: {name} is {state[name].dtype}")
     try:
         missing, extra = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # a shape
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"checkpoint does not fit: {reason}") from None
+        raise ValueError(f"does not fit: {reason}") from None
     missing = [name for name in missing if not name.startswith(frozen)]
     if missing or extra:
-        raise ValueError(f"checkpoint does not fit: missing {first_names(missing)}, "
+        raise ValueError(f"does not fit: missing {first_names(missing)}, "
                          f"unexpected {first_names(extra)}")
+
+
+def load_checkpoint(path: Path, saved: dict, model, frozen=()):
+    """`load_trained` of what `read_checkpoint` has read from `path`, which its errors name."""
+    try:
+        load_trained(model, saved["model"], frozen)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {DAMAGED}") from None
 
 
 def first_names(names: list[str], n: int = 3) -> str:
     """The first n of a list of names, as a message can bear them, and how many more there are."""
     more = f" and {len(names) - n} more" if len(names) > n else ""
-    return f"{names[:n]}{more}" if names else "nothing"
+    return f"{[name[:80] for name in names[:n]]}{more}" if names else "nothing"
 
 
-def resume(path, model, optimizer, facts, frozen) -> int:
-    """How many iterations are done: model and optimizer are then as they were after them.
+def resume(path, model, optimizer, iters, facts, frozen) -> int:
+    """How many of `iters` iterations are done: model and optimizer are as they were after them.
 
     0 where there is no checkpoint. Raises ValueError for one of another run.
     """
     if not path.is_file():
         return 0
     saved = read_checkpoint(path)
-    if saved.get("facts") != facts:
-        raise ValueError(f"{path} is of another run: {saved.get('facts')}, expected {facts}; "
-                         "give --overwrite")
-    load_trained(model, saved["model"], frozen)
-    optimizer.load_state_dict(saved["optimizer"])
+    for name in {**facts, **saved["facts"]}:
+        if saved["facts"].get(name) != facts.get(name):
+            raise ValueError(f"{path} is of another run, with another {str(name)[:40]}; give "
+                             "--overwrite to start afresh, or another --runs")
+    load_checkpoint(path, saved, model, frozen)
+    state = saved["optimizer"]["state"]
+    fault = moments_fault(state, moment_shapes(optimizer))
+    if saved["step"] > iters:
+        fault = f"it has had {saved['step']} iterations of {iters}"
+    if fault:
+        raise ValueError(f"{path}: not this run's checkpoint ({fault}); {DAMAGED}")
+    # The groups, with rates and weight decay, are the command's: args.json has seen to it that
+    # it is the same. Of the file nothing is believed that is known without it.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     return saved["step"]
+
+
+def moment_shapes(optimizer) -> list[dict]:
+    """Of each parameter, what the optimizer keeps once it has moved it: {name: shape}."""
+    found = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            shapes = {}
+            if "betas" in group:  # Adam: a count, the mean gradient, the mean of its square
+                shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+            elif group["momentum"]:
+                shapes = {"momentum_buffer": parameter.shape}
+            found.append(shapes)
+    return found
+
+
+def moments_fault(state: dict, expected: list[dict]) -> str | None:
+    """What does not fit of {number of a parameter: {name: tensor}}; None if all does.
+
+    expected: `moment_shapes`. A parameter may have no state: none has had a gradient that no loss
+    depends on, as with some switches of stage 2.
+    """
+    if any(expected) and not state:
+        return "the optimizer's state is missing"
+    for number, moments in state.items():
+        shapes = {name: moment.shape for name, moment in moments.items()}
+        if number not in range(len(expected)) or shapes != expected[number]:
+            return f"the optimizer's state of parameter {number} does not fit"
+    return None
 
 
 # -------------------------------------------------------------------------------- the training loop
@@ -1613,7 +1743,7 @@ def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, f
     from another's; frozen: prefixes of names that neither train nor are saved. Raises ValueError.
     """
     path = folder / "checkpoint.pt"
-    done = resume(path, model, optimizer, facts, frozen)
+    done = resume(path, model, optimizer, args.iters, facts, frozen)
     if done == args.iters:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -1896,7 +2026,7 @@ def machine_options(parser):
 
 def backbone_options(method, arch: str):
     """Add the options of stages 1 and 3, whose networks are ResNets."""
-    method.add_argument("--arch", choices=("resnet18", "resnet50", "resnet101"), default=arch,
+    method.add_argument("--arch", choices=ARCHITECTURES, default=arch,
                         help="the backbone; a deeper one is slower and mostly better [%(default)s]")
     method.add_argument("--weights", default="imagenet", metavar="imagenet|none|FILE",
                         help="what it starts from: ImageNet's weights (downloaded), nothing, or a "

@@ -58,11 +58,12 @@ import clip
 from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, VOC_CLASSES, check_inputs, dataset_name,
                   folder_digest, for_each, label_path, overlay, photo_files, read_args,
                   read_image, read_label, run, write_json, write_label, write_whole)
-from stage1_cam import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Machine, common_options,
-                        crop_or_pad, dense_crf, fit, is_finished, is_whole, load_clip,
-                        load_trained, mark_finished, mark_unfinished, normalise, open_run,
-                        photo_faults, preview_ids, read_checkpoint, set_aside, set_provenance,
-                        start_run, truth_pictures, work_on, write_preview)
+from stage1_cam import (CLIP_MEAN, CLIP_STD, DAMAGED, IMAGENET_MEAN, IMAGENET_STD, Machine,
+                        common_options, crop_or_pad, dense_crf, first_names, fit, is_finished,
+                        is_whole, load_checkpoint, load_clip, load_trained, mark_finished,
+                        mark_unfinished, normalise, not_finite, open_run, photo_faults, preview_ids,
+                        read_checkpoint, set_aside, set_provenance, start_run, truth_pictures,
+                        work_on, write_preview)
 
 # Temperature of the score map's cross entropy. A cosine differs by a few tenths between a class
 # that fits and one that does not; divided by 0.07 the difference is large enough for a softmax.
@@ -1448,9 +1449,10 @@ def open_checkpoint(path: Path, args, machine: Machine, classes=None):
 
     # Ours are read again by the strict reader, which builds tensors and plain values only.
     saved = read_checkpoint(path)
-    facts = saved.get("facts", {})
+    facts = saved["facts"]
     if facts.get("stage") != "2_weakclip":
-        raise ValueError(f"{path}: neither a checkpoint of stage 2 nor a released one")
+        raise ValueError(f"{path}: neither a checkpoint of stage 2 nor a released one; "
+                         "name another")
     if classes and list(classes) != facts["classes"]:
         raise ValueError(f"{path} knows {', '.join(facts['classes'])}; "
                          f"the dataset has {', '.join(classes)}")
@@ -1458,12 +1460,25 @@ def open_checkpoint(path: Path, args, machine: Machine, classes=None):
     if digest != facts["clip"]:
         raise ValueError(f"{path} was trained with another CLIP than --clip {args.clip}; "
                          "name that one")
-    switches = Switches(**facts["switches"])
+    switches = saved_switches(path, facts["switches"])
     tokens = name_tokens(facts["classes"], clip_model.context_length)
     model = WeakCLIP(clip_model, tokens, switches, facts["crop"])
     model.classes = facts["classes"]  # names of what it tells apart, for those who look at masks
-    load_trained(model, saved["model"], ("clip.",) if switches.freeze_clip else ())
+    load_checkpoint(path, saved, model, ("clip.",) if switches.freeze_clip else ())
     return model, facts["crop"], saved["step"], None
+
+
+def saved_switches(path: Path, values: dict) -> Switches:
+    """The switches that a checkpoint of ours names; ValueError for others than there are."""
+    names = [field.name for field in dataclasses.fields(Switches)]
+    if sorted(values) != sorted(names):
+        raise ValueError(f"{path}: its switches are not those of this version; "
+                         "use the version that made it")
+    try:
+        return choose_switches("paper", [f"{name}={values[name]}" for name in names])
+    except ValueError as error:
+        reason = f"its switch {str(error).removeprefix('--set ')}"
+        raise ValueError(f"{path}: not a readable checkpoint ({reason}); {DAMAGED}") from None
 
 
 def open_released(path: Path, saved: dict, args, classes=None):
@@ -1472,13 +1487,7 @@ def open_released(path: Path, saved: dict, args, classes=None):
     It holds its own CLIP, so `--clip` is not read. The switches are `--variant released` with
     `--set` on top. Of COCO's 91 released slots only 80 and background are classes (32).
     """
-    state = {}
-    for name, value in saved["state_dict"].items():
-        if isinstance(value, Tensor):
-            state[name] = value
-    if "decode_head.conv_seg.weight" not in state or "contexts" not in state:
-        raise ValueError(f"{path}: no released WeakCLIP checkpoint: "
-                         "it lacks decode_head.conv_seg.weight or contexts")
+    state = released_state(path, saved)
     K = len(state["decode_head.conv_seg.weight"])
     if classes is None:
         classes = {len(VOC_CLASSES): VOC_CLASSES, len(COCO_SLOTS): COCO_CLASSES}.get(K, ())
@@ -1489,13 +1498,48 @@ def open_released(path: Path, saved: dict, args, classes=None):
     if len(names) != K:
         raise ValueError(f"{path} has {K} classes, the dataset {len(names)}")
 
-    context_length = len(state.get("text_encoder.positional_embedding", ()))
-    tokens = name_tokens(names, context_length, prompts=state["contexts"].shape[1])
-    model = from_released(state, tokens, choose_switches("released", args.set))
+    switches = choose_switches("released", args.set)
+    try:
+        context_length = len(state["text_encoder.positional_embedding"])
+        tokens = name_tokens(names, context_length, prompts=state["contexts"].shape[1])
+        model = from_released(state, tokens, switches)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     model.classes = classes
     meta = saved.get("meta")
     step = meta.get("iter") if isinstance(meta, dict) else None
-    return model, model.crop, step if type(step) is int else None, outputs
+    return model, model.crop, step if type(step) is int and step > 0 else None, outputs
+
+
+# The tensors that sizes of a released network are read from -> their numbers of dimensions.
+RELEASED_SIZES = {
+    "contexts": 3, "decode_head.conv_seg.weight": 4, "context_decoder.text_proj.1.weight": 2,
+    "neck.fpn_convs.0.conv.weight": 4, "backbone.positional_embedding": 2,
+    "text_encoder.positional_embedding": 2}
+
+
+def released_state(path: Path, saved: dict) -> dict[str, Tensor]:
+    """The tensors of a released checkpoint by name; ValueError where it can be none.
+
+    Like `read_checkpoint` it sees to what can be seen without the network.
+    """
+    fault = None
+    state = {}
+    if isinstance(saved["state_dict"], dict):
+        for name, value in saved["state_dict"].items():
+            if isinstance(name, str) and isinstance(value, Tensor):
+                state[name] = value
+    for name, dimensions in RELEASED_SIZES.items():
+        if name not in state:
+            fault = f"it lacks {name}"
+        elif state[name].dim() != dimensions:
+            fault = f"{name} has {state[name].dim()} dimensions for {dimensions}"
+    bad = not_finite(state)
+    if bad:
+        fault = f"{first_names(bad)} infinite or no number"
+    if fault:
+        raise ValueError(f"{path}: no released WeakCLIP checkpoint: {fault}")
+    return state
 
 
 # Our parameter names, as patterns -> those of a released checkpoint.
@@ -1530,15 +1574,15 @@ def from_released(state: dict, token_ids: Tensor, switches=RELEASED, vision_head
     token_ids (K, L): as for WeakCLIP. Sizes are read from the tensors; heads cannot be and are
     width // 64 unless given. Raises ValueError naming every key that does not fit.
     """
-    try:
-        width = len(state["context_decoder.text_proj.1.weight"])
-        sizes = {"contexts": state["contexts"].shape[1], "coattention_width": width,
-                 "fpn_channels": len(state["neck.fpn_convs.0.conv.weight"]),
-                 "head_channels": state["decode_head.conv_seg.weight"].shape[1]}
-        # The table of positions is stored at the training grid: 1 + (crop / 16)^2 rows.
-        crop = 16 * math.isqrt(len(state["backbone.positional_embedding"]) - 1)
-    except KeyError as e:
-        raise ValueError(f"no released WeakCLIP checkpoint: it lacks {e.args[0]}") from None
+    sizes = {"contexts": state["contexts"].shape[1],
+             "coattention_width": len(state["context_decoder.text_proj.1.weight"]),
+             "fpn_channels": len(state["neck.fpn_convs.0.conv.weight"]),
+             "head_channels": state["decode_head.conv_seg.weight"].shape[1]}
+    # The table of positions is stored at the training grid: 1 + (crop / 16)^2 rows.
+    rows = len(state["backbone.positional_embedding"])
+    crop = 16 * math.isqrt(max(0, rows - 1))
+    if not crop or rows != 1 + (crop // 16) ** 2:
+        raise ValueError(f"backbone.positional_embedding: {rows} rows are no square grid's")
     clip_model = clip.CLIP.from_state_dict(
         released_clip(state), vision_heads=vision_heads, transformer_heads=transformer_heads)
     model = WeakCLIP(clip_model, token_ids, switches, crop, coattention_heads=coattention_heads,

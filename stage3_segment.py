@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from eval import (IGNORE, check_inputs, dataset_name, folder_digest, label_path, read_args,
                   read_label, run)
 from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, common_options,
-                        crop_or_pad, fit, fix_batchnorm, load_trained, mark_finished, normalise,
+                        crop_or_pad, fit, fix_batchnorm, load_checkpoint, mark_finished, normalise,
                         open_run, poly, preview_ids, random_window, read_checkpoint, resnet,
                         start_run, truth_pictures, weights_digest, work_on, write_preview)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_facts, mask_options,
@@ -220,9 +220,9 @@ def label_photos(args):
     saved = read_checkpoint(path)
     facts = saved["facts"]
     if facts.get("stage") != "3_segment":
-        raise ValueError(f"{path}: not a checkpoint of stage 3")
+        raise ValueError(f"{path}: not a checkpoint of stage 3; name another --runs")
     model = DeepLab(facts["arch"], "none", len(facts["classes"]))
-    load_trained(model, saved["model"])
+    load_checkpoint(path, saved, model)
     predict = predictor(model, args, machine)
     mask_photos(predict, args, saved["step"], path, folder, machine, mask_crf(args, SEGMENT_CRF),
                 facts["classes"])
