@@ -1633,7 +1633,7 @@ def resume(path, model, optimizer, iters, facts, frozen) -> int:
     saved = read_checkpoint(path)
     for name in {**facts, **saved["facts"]}:
         if saved["facts"].get(name) != facts.get(name):
-            raise ValueError(f"{path} is of another run, with another {str(name)[:40]}; give "
+            raise ValueError(f"{path} is of another run, with another {str(name)[:40]!r}; give "
                              "--overwrite to start afresh, or another --runs")
     load_checkpoint(path, saved, model, frozen)
     state = saved["optimizer"]["state"]
