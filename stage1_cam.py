@@ -24,11 +24,11 @@ From `clip`, ours and not OpenAI's package, come weight files read safely and th
 `eval`, our eval.py, the dataset folder, label PNGs, and files that appear whole or not at all.
 # GUESS marks a choice for which no source was found.
 """
-import os
-import signal
-
-if __name__ == "__main__":  # torch takes seconds to import: Ctrl-C then ends without a traceback
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+# first: while all else is imported, which takes seconds, eval.py sees to Ctrl-C
+from eval import (COCO_CLASSES, IGNORE, VOC_CLASSES, Dataset, Interrupted, check_inputs,
+                  colour_map, find_dataset, heat, interrupt, is_out_of_memory, naming, note_leaks,
+                  read_args, read_cams, read_label, read_log, run, write_json, write_label,
+                  write_text, write_whole)
 
 import argparse
 import contextlib
@@ -39,9 +39,11 @@ import io
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -57,10 +59,6 @@ from torch import nn
 from tqdm import tqdm
 
 import clip
-from eval import (COCO_CLASSES, IGNORE, VOC_CLASSES, Dataset, Interrupted, check_inputs,
-                  colour_map, find_dataset, heat, interrupt, is_out_of_memory, naming, note_leaks,
-                  read_args, read_cams, read_label, read_log, run, write_json, write_label,
-                  write_text, write_whole)
 
 try:
     import fcntl  # locks on files

@@ -34,11 +34,10 @@ places in its list of ten surprises.
 Shapes stand at the ends of lines: B images of a batch, K classes with background first, C channels,
 D channels of CLIP's embeddings, H W pixels, h w cells of a grid, N = h*w tokens.
 """
-import os
-import signal
-
-if __name__ == "__main__":  # torch takes seconds to import: Ctrl-C then ends without a traceback
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+# first: while all else is imported, which takes seconds, eval.py sees to Ctrl-C
+from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, VOC_CLASSES, check_inputs, dataset_name,
+                  folder_digest, for_each, label_path, overlay, photo_files, read_args,
+                  read_image, read_label, run, write_json, write_label, write_whole)
 
 import argparse
 import dataclasses
@@ -55,9 +54,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import clip
-from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, VOC_CLASSES, check_inputs, dataset_name,
-                  folder_digest, for_each, label_path, overlay, photo_files, read_args,
-                  read_image, read_label, run, write_json, write_label, write_whole)
 from stage1_cam import (CLIP_MEAN, CLIP_STD, DAMAGED, IMAGENET_MEAN, IMAGENET_STD, Machine,
                         common_options, crop_or_pad, dense_crf, first_names, fit, is_finished,
                         is_whole, load_checkpoint, load_clip, load_trained, mark_finished,

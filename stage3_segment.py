@@ -18,11 +18,9 @@ left for this file is what makes stage 3 different: its network, its data and it
 Shapes stand at the ends of lines: B images of a batch, K classes with background first, C channels,
 H W pixels, h w of a resized photo.
 """
-import os
-import signal
-
-if __name__ == "__main__":  # torch takes seconds to import: Ctrl-C then ends without a traceback
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+# first: while all else is imported, which takes seconds, eval.py sees to Ctrl-C
+from eval import (IGNORE, check_inputs, dataset_name, folder_digest, label_path, read_args,
+                  read_label, run)
 
 from pathlib import Path
 
@@ -31,8 +29,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from eval import (IGNORE, check_inputs, dataset_name, folder_digest, label_path, read_args,
-                  read_label, run)
 from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, common_options,
                         crop_or_pad, fit, fix_batchnorm, load_checkpoint, mark_finished, normalise,
                         open_run, poly, preview_ids, random_window, read_checkpoint, resnet,
