@@ -228,6 +228,7 @@ def write_seeds(make, data, ids, labels, machine, folder):
             image = data.image(image_id)
             with photo_faults(image_id, image, "a smaller photo"):
                 arrays, seed = make(image, labels[image_id])
+            check_output(image_id, arrays["cam"])
             write_whole(cam_path, lambda f: np.savez_compressed(f, **arrays))
             write_label(seed_path, seed)
     machine.wait()
@@ -1275,6 +1276,9 @@ def work_on(folder: Path, args, machine):
     is cleared away first: whoever holds the folder knows that nobody is at work on it any more.
     Raises ValueError that says who holds it; an interrupted command says how it goes on.
     """
+    if folder.is_symlink():  # by its other name somebody else could be at work in it
+        raise ValueError(f"{folder}: a link; let it be a folder, or give another --runs, which "
+                         "may be a link")
     lock = take_lock(folder) if machine.main else None
     try:
         if machine.main:
@@ -1333,13 +1337,31 @@ def take_lock(folder: Path):
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()} since {now}")
         lock.flush()
+    # Processes that load images outlive a killed one by seconds; they shall not hold the lock.
+    os.register_at_fork(after_in_child=lock.close)
     return lock
 
 
+def check_unchanged(path: Path, before: str, now: str):
+    """Raise ValueError where a file or folder has got another digest while it was read.
+
+    Another command then writes there. What was read would be neither the old nor the new, and the
+    record would name one of them.
+    """
+    if now != before:
+        raise ValueError(f"{path}: has changed while this command read it; let the command that "
+                         "writes there end, then start this one again, with --overwrite where it "
+                         "has trained on that")
+
+
 def clear_leftovers(folder: Path):
-    """Remove what killed runs have left: half-written files, folders set aside to be deleted."""
+    """Remove what killed runs have left: half-written files, folders set aside to be deleted.
+
+    But for those of images/, where --images has a folder and a lock for every folder of photos.
+    """
     for path in folder.rglob(".*.part"):
-        path.unlink()
+        if "images" not in path.relative_to(folder).parts:
+            path.unlink()
     name = glob.escape(folder.name)  # a folder of photos may be called [1]
     for path in [*folder.parent.glob(f".{name}.*.old"), *folder.glob(".*.old")]:
         shutil.rmtree(path)
@@ -1363,11 +1385,12 @@ def start_run(folder: Path, args, machine, digests: dict[str, str], mask_options
     options = {}
     for name, value in vars(args).items():
         options[name] = str(value) if isinstance(value, Path) else value
+    refuse_own_input(folder, args)
     if machine.main and (args.overwrite or not holds_results(folder)):
         set_aside(folder)
     machine.wait()
     before = read_args(folder)
-    if before:
+    if before or has_begun(folder):
         refuse_another_run(folder, before, options, digests, mask_options)
     elif machine.main:
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__,
@@ -1386,8 +1409,31 @@ def holds_results(folder: Path) -> bool:
     return False
 
 
+def has_begun(folder: Path) -> bool:
+    """True if a run of this stage has left anything that its args.json should tell of.
+
+    Masks of one's own photos, in images/, have an args.json of their own.
+    """
+    names = ("checkpoint.pt", "cams", "seeds", "masks", "probs")
+    return any((folder / name).exists() for name in names)
+
+
+def refuse_own_input(folder: Path, args):
+    """Raise ValueError where an input lies in the folder that is written, which may be deleted."""
+    for name in (*FILE_OPTIONS, "images"):
+        path = Path(getattr(args, name, None) or "")
+        if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--{name} {path}: lies in {folder}, which this command writes; "
+                             "copy it elsewhere, or give another --runs")
+
+
 def refuse_another_run(folder, before, options, digests, mask_options):
     """Raise ValueError that names the first option or digest that differs from args.json's."""
+    for part in ("options", "digests"):
+        if not isinstance(before.get(part), dict):
+            raise ValueError(f"{folder / 'args.json'}: missing, or no record of a run, so nobody "
+                             "knows how what lies there was made; give --overwrite to start "
+                             "afresh, or another --runs")
     free = (*MACHINE_OPTIONS, *FILE_OPTIONS, *mask_options)
     now = {name: value for name, value in options.items() if name not in free}
     now.update(digests)
@@ -1424,7 +1470,7 @@ def is_finished(folder: Path, outputs: list[Path] = ()) -> bool:
     there from a run that was cut off. Older runs lack the word and are taken up again, which is
     cheap: what exists is done. And what was lost since, or emptied, is made again.
     """
-    return read_args(folder).get("finished", False) and all(map(is_whole, outputs))
+    return read_args(folder).get("finished") is True and all(map(is_whole, outputs))
 
 
 # the last bytes of a PNG, its end mark; the first of the last 22 of an npz, which is a zip archive
@@ -1795,6 +1841,16 @@ def photo_faults(image_id: str, image: np.ndarray, mend: str):
                          f"helps: {mend}, or more memory") from None
 
 
+def check_output(image_id: str, values):
+    """Raise ValueError where what a network says of a photo, any tensor, is infinite or no number.
+
+    Sound weights can overflow on the way through it; argmax would make a mask of that all the same.
+    """
+    if not torch.as_tensor(values).isfinite().all():
+        raise ValueError(f"{image_id}: the network's answer is infinite or no number; train anew "
+                         "with a smaller --lr, with --overwrite, or leave --amp out")
+
+
 def check_losses(recent: list):
     """Raise ValueError that names the first iteration whose loss is infinite or no number.
 
@@ -1887,6 +1943,8 @@ class Log:
             line[name] = round(term.item(), 8)
         with naming(self.path), open(self.path, "a") as f:
             f.write(json.dumps(line) + "\n")
+            f.flush()
+            os.fsync(f.fileno())  # on the disk before the checkpoint that comes after it
 
 
 # -------------------------------------------------------------------------------------- the preview
@@ -1952,12 +2010,14 @@ def load_clip(name: str, seed: int, machine) -> tuple[clip.CLIP, str]:
     path = clip.locate(name)
     if machine.main:
         machine.wait()
+    digest = clip.file_sha256(path)
     model = clip.load(path)
+    check_unchanged(path, digest, clip.file_sha256(path))
     patch = model.visual.conv1.kernel_size
     if patch != (16, 16):
         raise ValueError(f"--clip {name}: patch size {patch[0]}; "
                          "the pyramid adapter is made for 16")
-    return model, clip.file_sha256(path)
+    return model, digest
 
 
 def common_options(description: str, lr, batch_size, crop, recipe=None):
@@ -2034,6 +2094,8 @@ def backbone_options(method, arch: str):
 # smallest value that makes sense
 SMALLEST = {"iters": 1, "batch_size": 1, "crop": 64, "limit": 1, "seed": 0, "workers": 0,
             "lr": 1e-12}
+# largest; torch's seed has 64 bits, of which the iteration takes one half
+LARGEST = {"iters": MOST_ITERATIONS, "crop": LARGEST_CROP, "seed": 2 ** 31 - 1}
 
 
 def open_run(args):
@@ -2043,9 +2105,11 @@ def open_run(args):
     """
     for name, smallest in SMALLEST.items():
         value = getattr(args, name)
+        option = name.replace("_", "-")
         if value is not None and not smallest <= value < math.inf:  # so NaN is refused too
-            option = name.replace("_", "-")
             raise ValueError(f"--{option} {value}: at least {smallest} is expected")
+        if value is not None and value > LARGEST.get(name, math.inf):
+            raise ValueError(f"--{option} {value}: at most {LARGEST[name]} is expected")
     if args.crop is not None and args.crop % 32:  # the coarsest stride of any network here
         raise ValueError(f"--crop {args.crop}: a multiple of 32 is expected")
     data = find_dataset(args.data)

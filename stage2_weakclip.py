@@ -55,11 +55,12 @@ from tqdm import tqdm
 
 import clip
 from stage1_cam import (CLIP_MEAN, CLIP_STD, DAMAGED, IMAGENET_MEAN, IMAGENET_STD, Machine,
-                        common_options, crop_or_pad, dense_crf, first_names, fit, is_finished,
-                        is_whole, load_checkpoint, load_clip, load_trained, mark_finished,
-                        mark_unfinished, normalise, not_finite, open_run, photo_faults, preview_ids,
-                        read_checkpoint, set_aside, set_provenance, start_run, truth_pictures,
-                        work_on, write_preview)
+                        check_output, check_unchanged, common_options, crop_or_pad, dense_crf,
+                        first_names, fit, is_finished, is_whole, load_checkpoint, load_clip,
+                        load_trained, mark_finished, mark_unfinished, normalise, not_finite,
+                        open_run, photo_faults, preview_ids, read_checkpoint, refuse_own_input,
+                        set_aside, set_provenance, start_run, truth_pictures, work_on,
+                        write_preview)
 
 # Temperature of the score map's cross entropy. A cosine differs by a few tenths between a class
 # that fits and one that does not; divided by 0.07 the difference is large enough for a softmax.
@@ -1254,6 +1255,7 @@ def write_masks(predict, ids: list[str], read, folder: Path, machine: Machine, c
             image = read(image_id)
             with photo_faults(image_id, image, "--no-crf, fewer or smaller --scales"):
                 probs = predict(image)
+                check_output(image_id, probs)
                 allowed_here = allowed[image_id] if allowed else None
                 mask, kept = mask_from(probs, image, crf, allowed_here)
             if probs_folder:
@@ -1293,12 +1295,12 @@ def write_all_masks(predict, data, lists, folder: Path, args, machine: Machine, 
 # From here on bookkeeping, to skip at a first reading: which masks are current, which options made
 # them, and masks of one's own photos.
 
-def mask_photos(predict, args, iters, checkpoint: Path, folder: Path, machine: Machine, crf,
+def mask_photos(predict, args, iters, digest: str, folder: Path, machine: Machine, crf,
                 classes):
     """`--images DIR`: write masks of a folder of photos to `folder`/images/<DIR's name>.
 
     <name>.png holds class numbers; <name>.jpg beside it is to be looked at: the photo with its mask
-    laid over it and the names of `classes` on it.
+    laid over it and the names of `classes` on it. digest: of the checkpoint that `predict` is of.
     """
     paths = photo_files(args.images)
     if not paths:
@@ -1312,8 +1314,9 @@ def mask_photos(predict, args, iters, checkpoint: Path, folder: Path, machine: M
 
     out = folder / "images" / args.images.resolve().name
     facts = mask_facts(args, iters)
-    facts["checkpoint"] = clip.file_sha256(checkpoint)
+    facts["checkpoint"] = digest
     facts["photos"] = str(args.images.resolve())
+    refuse_own_input(out, args)
     with work_on(out, args, machine):
         if machine.main:
             for_each(check, list(paths), "checking photos")
@@ -1433,17 +1436,27 @@ def open_checkpoint(path: Path, args, machine: Machine, classes=None):
     """A trained network from our checkpoint.pt, or from a released one.
 
     classes: the dataset's, None to take the checkpoint's. Returns (network, crop, iterations or
-    None, outputs: the channels that are the dataset's classes, None for all). Raises ValueError
+    None, outputs: the channels that are the dataset's classes, None for all). The network bears
+    the names of what it tells apart, `classes`, and the file's sha256, `digest`. Raises ValueError
     for a file of another kind, dataset or CLIP.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; "
                          f"python stage2_weakclip.py --data {args.data} trains one")
+    digest = clip.file_sha256(path)
     saved = clip.read_foreign(path)
     if isinstance(saved, dict) and "state_dict" in saved:
-        return open_released(path, saved, args, classes)
+        opened = open_released(path, saved, args, classes)
+    else:
+        opened = open_own(path, args, machine, classes)
+    # A training that is at work replaces its checkpoint now and then.
+    check_unchanged(path, digest, clip.file_sha256(path))
+    opened[0].digest = digest
+    return opened
 
-    # Ours are read again by the strict reader, which builds tensors and plain values only.
+
+def open_own(path: Path, args, machine: Machine, classes=None):
+    """The same from a checkpoint.pt of this stage; the strict reader builds plain values only."""
     saved = read_checkpoint(path)
     facts = saved["facts"]
     if facts.get("stage") != "2_weakclip":
@@ -1459,7 +1472,7 @@ def open_checkpoint(path: Path, args, machine: Machine, classes=None):
     switches = saved_switches(path, facts["switches"])
     tokens = name_tokens(facts["classes"], clip_model.context_length)
     model = WeakCLIP(clip_model, tokens, switches, facts["crop"])
-    model.classes = facts["classes"]  # names of what it tells apart, for those who look at masks
+    model.classes = facts["classes"]
     load_checkpoint(path, saved, model, ("clip.",) if switches.freeze_clip else ())
     return model, facts["crop"], saved["step"], None
 
@@ -1644,7 +1657,7 @@ def label_photos(args):
     path = args.checkpoint or folder / "checkpoint.pt"
     model, crop, iters, outputs = open_checkpoint(path, args, machine)
     predict = predictor(model, args, crop, machine, outputs)
-    mask_photos(predict, args, iters, path, folder, machine, mask_crf(args), model.classes)
+    mask_photos(predict, args, iters, model.digest, folder, machine, mask_crf(args), model.classes)
 
 
 def preview(data, ids: list[str], args, folder: Path):
@@ -1704,7 +1717,7 @@ def main():
     if args.checkpoint:
         opened = open_checkpoint(args.checkpoint, args, machine, data.classes)
         model, args.crop, args.iters, outputs = opened
-        inputs = {"checkpoint": clip.file_sha256(args.checkpoint)}
+        inputs = {"checkpoint": model.digest}
     else:
         model, facts = new_network(args, data, switches, machine)
         outputs = None
@@ -1720,6 +1733,7 @@ def main():
         if not args.checkpoint:
             # Returns at once where the checkpoint is of the last iteration already.
             train(model.to(machine.device), facts, data, learned, args, machine, folder)
+            check_unchanged(args.seeds, inputs["seeds"], folder_digest(args.seeds, training_list))
         predict = predictor(model, args, args.crop, machine, outputs)
         write_all_masks(predict, data, lists, folder, args, machine, mask_crf(args))
         if machine.main:
