@@ -17,6 +17,27 @@ everywhere; and part III's `read_args`, because a run's record must be written a
 same rules. No neural network stands here, and no torch is needed but for --download. Numbers in
 brackets, such as (32), are findings in AUDIT.md's ledger.
 """
+import os
+import signal
+import sys
+
+COMMANDS = ("eval.py", "stage1_cam.py", "stage2_weakclip.py", "stage3_segment.py")
+
+
+def end_at_once(number, frame):
+    """The signals' handler until `run` takes over: one line and the exit status that shells give.
+
+    What follows here, and torch in the stages, takes seconds to import, and Python would end that
+    with a page of traceback.
+    """
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
+if os.path.basename(sys.argv[0]) in COMMANDS:  # not in programs that only import this file
+    signal.signal(signal.SIGINT, end_at_once)
+    signal.signal(signal.SIGTERM, end_at_once)
+
 import argparse
 import base64
 import contextlib
@@ -26,11 +47,8 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import re
 import shutil
-import signal
-import sys
 import tarfile
 import unicodedata
 import warnings

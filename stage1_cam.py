@@ -27,11 +27,11 @@ From `clip`, ours and not OpenAI's package, come weight files read safely and th
 Shapes: B images of a batch, K classes with background first, J of them (never background) present
 in one photo, H W pixels, h w a network's grid, at stride 16. CAMs are stored at stride 4.
 """
-import os
-import signal
-
-if __name__ == "__main__":  # torch takes seconds to import: Ctrl-C then ends without a traceback
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+# first: while all else is imported, which takes seconds, eval.py sees to Ctrl-C
+from eval import (COCO_CLASSES, IGNORE, VOC_CLASSES, Dataset, Interrupted, check_inputs,
+                  colour_map, find_dataset, heat, interrupt, is_out_of_memory, naming, note_leaks,
+                  read_args, read_cams, read_label, read_log, run, write_json, write_label,
+                  write_text, write_whole)
 
 import argparse
 import contextlib
@@ -42,9 +42,11 @@ import io
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -60,10 +62,6 @@ from torch import nn
 from tqdm import tqdm
 
 import clip
-from eval import (COCO_CLASSES, IGNORE, VOC_CLASSES, Dataset, Interrupted, check_inputs,
-                  colour_map, find_dataset, heat, interrupt, is_out_of_memory, naming, note_leaks,
-                  read_args, read_cams, read_label, read_log, run, write_json, write_label,
-                  write_text, write_whole)
 
 try:
     import fcntl  # locks on files
@@ -74,6 +72,7 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of grey levels 0..255, R G B
 IMAGENET_STD = (58.395, 57.12, 57.375)
 CLIP_MEAN = tuple(255 * v for v in (0.48145466, 0.4578275, 0.40821073))
 CLIP_STD = tuple(255 * v for v in (0.26862954, 0.26130258, 0.27577711))
+ARCHITECTURES = ("resnet18", "resnet50", "resnet101")
 # Sizes at which a photo is looked at, relative to the one that `view_scale` gives it.
 CAM_SCALES = (1, 0.5, 1.5, 2)
 CAM_THRESHOLD = 0.15  # background's score, IRN's; a class must exceed it
@@ -238,6 +237,7 @@ def write_seeds(make, data, ids, labels, machine, folder):
             image = data.image(image_id)
             with photo_faults(image_id, image, "a smaller photo"):
                 arrays, seed = make(image, labels[image_id])
+            check_output(image_id, arrays["cam"])
             write_whole(cam_path, lambda f: np.savez_compressed(f, **arrays))
             write_label(seed_path, seed)
     machine.wait()
@@ -1332,6 +1332,9 @@ def work_on(folder: Path, args, machine):
     is cleared away first: whoever holds the folder knows that nobody is at work on it any more.
     Raises ValueError that says who holds it; an interrupted command says how it goes on.
     """
+    if folder.is_symlink():  # by its other name somebody else could be at work in it
+        raise ValueError(f"{folder}: a link; let it be a folder, or give another --runs, which "
+                         "may be a link")
     lock = take_lock(folder) if machine.main else None
     try:
         if machine.main:
@@ -1390,13 +1393,31 @@ def take_lock(folder: Path):
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()} since {now}")
         lock.flush()
+    # Processes that load images outlive a killed one by seconds; they shall not hold the lock.
+    os.register_at_fork(after_in_child=lock.close)
     return lock
 
 
+def check_unchanged(path: Path, before: str, now: str):
+    """Raise ValueError where a file or folder has got another digest while it was read.
+
+    Another command then writes there. What was read would be neither the old nor the new, and the
+    record would name one of them.
+    """
+    if now != before:
+        raise ValueError(f"{path}: has changed while this command read it; let the command that "
+                         "writes there end, then start this one again, with --overwrite where it "
+                         "has trained on that")
+
+
 def clear_leftovers(folder: Path):
-    """Remove what killed runs have left: half-written files, folders set aside to be deleted."""
+    """Remove what killed runs have left: half-written files, folders set aside to be deleted.
+
+    But for those of images/, where --images has a folder and a lock for every folder of photos.
+    """
     for path in folder.rglob(".*.part"):
-        path.unlink()
+        if "images" not in path.relative_to(folder).parts:
+            path.unlink()
     name = glob.escape(folder.name)  # a folder of photos may be called [1]
     for path in [*folder.parent.glob(f".{name}.*.old"), *folder.glob(".*.old")]:
         shutil.rmtree(path)
@@ -1420,11 +1441,12 @@ def start_run(folder: Path, args, machine, digests: dict[str, str], mask_options
     options = {}
     for name, value in vars(args).items():
         options[name] = str(value) if isinstance(value, Path) else value
+    refuse_own_input(folder, args)
     if machine.main and (args.overwrite or not holds_results(folder)):
         set_aside(folder)
     machine.wait()
     before = read_args(folder)
-    if before:
+    if before or has_begun(folder):
         refuse_another_run(folder, before, options, digests, mask_options)
     elif machine.main:
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__,
@@ -1443,8 +1465,31 @@ def holds_results(folder: Path) -> bool:
     return False
 
 
+def has_begun(folder: Path) -> bool:
+    """True if a run of this stage has left anything that its args.json should tell of.
+
+    Masks of one's own photos, in images/, have an args.json of their own.
+    """
+    names = ("checkpoint.pt", "cams", "seeds", "masks", "probs")
+    return any((folder / name).exists() for name in names)
+
+
+def refuse_own_input(folder: Path, args):
+    """Raise ValueError where an input lies in the folder that is written, which may be deleted."""
+    for name in (*FILE_OPTIONS, "images"):
+        path = Path(getattr(args, name, None) or "")
+        if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--{name} {path}: lies in {folder}, which this command writes; "
+                             "copy it elsewhere, or give another --runs")
+
+
 def refuse_another_run(folder, before, options, digests, mask_options):
     """Raise ValueError that names the first option or digest that differs from args.json's."""
+    for part in ("options", "digests"):
+        if not isinstance(before.get(part), dict):
+            raise ValueError(f"{folder / 'args.json'}: missing, or no record of a run, so nobody "
+                             "knows how what lies there was made; give --overwrite to start "
+                             "afresh, or another --runs")
     free = (*MACHINE_OPTIONS, *FILE_OPTIONS, *mask_options)
     now = {name: value for name, value in options.items() if name not in free}
     now.update(digests)
@@ -1481,7 +1526,7 @@ def is_finished(folder: Path, outputs: list[Path] = ()) -> bool:
     there from a run that was cut off. Older runs lack the word and are taken up again, which is
     cheap: what exists is done. And what was lost since, or emptied, is made again.
     """
-    return read_args(folder).get("finished", False) and all(map(is_whole, outputs))
+    return read_args(folder).get("finished") is True and all(map(is_whole, outputs))
 
 
 # the last bytes of a PNG, its end mark; the first of the last 22 of an npz, which is a zip archive
@@ -1538,32 +1583,110 @@ def check_finite(value: dict, step: int):
     The loss can be sound and the step after it not: a gradient overflows, a variance is zero. A NaN
     never leaves the weights again, so a checkpoint that had one would be worth nothing.
     """
-    tensors = dict(value["model"])
-    for number, moments in value["optimizer"]["state"].items():
-        for name, moment in moments.items():
-            if torch.is_tensor(moment):
-                tensors[f"optimizer's {name} of parameter {number}"] = moment
-    names = [name for name in tensors if tensors[name].is_floating_point()]
-    if not names:
-        return
-    device = tensors[names[0]].device  # Adam counts its steps on the CPU
-    sound = torch.stack([tensors[name].isfinite().all().to(device) for name in names])
-    if not sound.all():  # one answer for all of them, so a GPU is waited for once
-        bad = [name for name, fine in zip(names, sound.tolist()) if not fine]
+    bad = not_finite(all_tensors(value))
+    if bad:
         raise ValueError(f"iteration {step - 1}: {first_names(bad)} became infinite or no number; "
                          "nothing was saved since")
 
 
-def read_checkpoint(path: Path) -> dict:
-    """What `save_checkpoint` wrote: plain tensors, numbers and strings, checked as they are read.
+def all_tensors(value: dict) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, weights and the optimizer's, by names for messages."""
+    tensors = dict(value["model"])
+    for number, moments in value["optimizer"]["state"].items():
+        for name, moment in moments.items():
+            tensors[f"optimizer's {name} of parameter {number}"] = moment
+    return tensors
 
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
+    names = [name for name in tensors if tensors[name].is_floating_point()]
+    if not names:
+        return []
+    device = tensors[names[0]].device  # Adam counts its steps on the CPU
+    sound = torch.stack([tensors[name].isfinite().all().to(device) for name in names])
+    if sound.all():  # one answer for all of them, so a GPU is waited for once
+        return []
+    return [name for name, fine in zip(names, sound.tolist()) if not fine]
+
+
+# What to do with a checkpoint that is none.
+DAMAGED = "if a run left it so, delete it: that run then starts afresh"
+# Of what kind the parts of a checkpoint are, and the facts in it.
+PARTS = {"step": int, "model": dict, "optimizer": dict, "facts": dict}
+FACTS = {"stage": str, "classes": list, "arch": str, "clip": str, "crop": int, "switches": dict}
+# The facts that each stage builds its network from.
+NEEDED = {"1_cam": ("classes",), "2_weakclip": ("classes", "clip", "crop", "switches"),
+          "3_segment": ("classes", "arch")}
+# Of a longer run, or a wider table of positions, no file has to be believed.
+MOST_ITERATIONS = 10 ** 9
+LARGEST_CROP = 8192
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What `save_checkpoint` wrote, checked before anyone uses it, in form and numbers.
+
+    "step": iterations done, from 1; "model": {name: tensor}; "optimizer": {"state": {number of
+    a parameter: {name: tensor}}, ...}; "facts": what its stage needs, of the right kinds. All
+    tensors are float32, and finite, or int64. What depends on the network is for `resume` and
+    `load_checkpoint` to compare.
     Pickled objects are refused, never built. Raises ValueError (one line) for any other file.
     """
-    mend = "if a run left it so, delete it: that run then starts afresh"
-    saved = clip.read_tensors(path, "checkpoint", mend)
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path}: not a readable checkpoint (it holds no dict); {mend}")
+    saved = clip.read_tensors(path, "checkpoint", DAMAGED)
+    fault = form_fault(saved) or number_fault(saved)
+    if fault:
+        raise ValueError(f"{path}: not a readable checkpoint ({fault}); {DAMAGED}")
     return saved
+
+
+def form_fault(saved) -> str | None:
+    """What is wrong with the form of a checkpoint's content, None if nothing is."""
+    if not isinstance(saved, dict):
+        return "it holds no dict"
+    for name, kind in PARTS.items():
+        if not isinstance(saved.get(name), kind) or saved[name] is True:
+            return f"its {name} is missing or no {kind.__name__}"
+    if not 1 <= saved["step"] <= MOST_ITERATIONS:
+        return "its step is no number of iterations"
+    if not clip.is_state_dict(saved["model"]):
+        return "its model is no dict of tensors"
+    state = saved["optimizer"].get("state")
+    if not isinstance(state, dict):
+        return "its optimizer has no state"
+    for number, moments in state.items():
+        if not isinstance(number, int) or not clip.is_state_dict(moments):
+            return "its optimizer's state is no dict of tensors for each parameter"
+    return facts_fault(saved["facts"])
+
+
+def facts_fault(facts: dict) -> str | None:
+    """What is wrong with the facts of a checkpoint, None if nothing is."""
+    for name in NEEDED.get(str(facts.get("stage")), ()):
+        if name not in facts:
+            return f"its facts lack {name}"
+    for name, value in facts.items():
+        if not isinstance(value, FACTS.get(name, object)):
+            return f"its facts' {name} is no {FACTS[name].__name__}"
+    if set(map(type, facts.get("classes", ["background"]))) != {str}:
+        return "its facts' classes are no names"
+    if not set(map(type, facts.get("switches", {}).values())) <= {bool, float}:
+        return "its facts' switches are no switches"
+    if facts.get("arch", ARCHITECTURES[0]) not in ARCHITECTURES:
+        return "its facts' arch is none of " + ", ".join(ARCHITECTURES)
+    crop = facts.get("crop", 64)
+    if not 64 <= crop <= LARGEST_CROP or crop % 32:
+        return f"its facts' crop is no multiple of 32 from 64 to {LARGEST_CROP}"
+    return None
+
+
+def number_fault(saved: dict) -> str | None:
+    """What is wrong with the tensors of a checkpoint, None if nothing is."""
+    tensors = all_tensors(saved)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.int64):
+            return f"{first_names([name])} is {tensor.dtype}"
+    bad = not_finite(tensors)
+    return f"{first_names(bad)} infinite or no number" if bad else None
 
 
 def load_trained(model, state: dict, frozen=()):
@@ -1571,37 +1694,88 @@ def load_trained(model, state: dict, frozen=()):
 
     Raises ValueError naming the keys: a network that is half loaded works, and is wrong.
     """
+    own = model.state_dict()
+    for name in own.keys() & state.keys():
+        if own[name].is_floating_point() != state[name].is_floating_point():
+            raise ValueError(f"does not fit: {name} is {state[name].dtype}")
     try:
         missing, extra = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # a shape
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"checkpoint does not fit: {reason}") from None
+        raise ValueError(f"does not fit: {reason}") from None
     missing = [name for name in missing if not name.startswith(frozen)]
     if missing or extra:
-        raise ValueError(f"checkpoint does not fit: missing {first_names(missing)}, "
+        raise ValueError(f"does not fit: missing {first_names(missing)}, "
                          f"unexpected {first_names(extra)}")
+
+
+def load_checkpoint(path: Path, saved: dict, model, frozen=()):
+    """`load_trained` of what `read_checkpoint` has read from `path`, which its errors name."""
+    try:
+        load_trained(model, saved["model"], frozen)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {DAMAGED}") from None
 
 
 def first_names(names: list[str], n: int = 3) -> str:
     """The first n of a list of names, as a message can bear them, and how many more there are."""
     more = f" and {len(names) - n} more" if len(names) > n else ""
-    return f"{names[:n]}{more}" if names else "nothing"
+    return f"{[name[:80] for name in names[:n]]}{more}" if names else "nothing"
 
 
-def resume(path, model, optimizer, facts, frozen) -> int:
-    """How many iterations are done: model and optimizer are then as they were after them.
+def resume(path, model, optimizer, iters, facts, frozen) -> int:
+    """How many of `iters` iterations are done: model and optimizer are as they were after them.
 
     0 where there is no checkpoint. Raises ValueError for one of another run.
     """
     if not path.is_file():
         return 0
     saved = read_checkpoint(path)
-    if saved.get("facts") != facts:
-        raise ValueError(f"{path} is of another run: {saved.get('facts')}, expected {facts}; "
-                         "give --overwrite")
-    load_trained(model, saved["model"], frozen)
-    optimizer.load_state_dict(saved["optimizer"])
+    for name in {**facts, **saved["facts"]}:
+        if saved["facts"].get(name) != facts.get(name):
+            raise ValueError(f"{path} is of another run, with another {str(name)[:40]!r}; give "
+                             "--overwrite to start afresh, or another --runs")
+    load_checkpoint(path, saved, model, frozen)
+    state = saved["optimizer"]["state"]
+    fault = moments_fault(state, moment_shapes(optimizer))
+    if saved["step"] > iters:
+        fault = f"it has had {saved['step']} iterations of {iters}"
+    if fault:
+        raise ValueError(f"{path}: not this run's checkpoint ({fault}); {DAMAGED}")
+    # The groups, with rates and weight decay, are the command's: args.json has seen to it that
+    # it is the same. Of the file nothing is believed that is known without it.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     return saved["step"]
+
+
+def moment_shapes(optimizer) -> list[dict]:
+    """Of each parameter, what the optimizer keeps once it has moved it: {name: shape}."""
+    found = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            shapes = {}
+            if "betas" in group:  # Adam: a count, the mean gradient, the mean of its square
+                shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+            elif group["momentum"]:
+                shapes = {"momentum_buffer": parameter.shape}
+            found.append(shapes)
+    return found
+
+
+def moments_fault(state: dict, expected: list[dict]) -> str | None:
+    """What does not fit of {number of a parameter: {name: tensor}}; None if all does.
+
+    expected: `moment_shapes`. A parameter may have no state: none has had a gradient that no loss
+    depends on, as with some switches of stage 2.
+    """
+    if any(expected) and not state:
+        return "the optimizer's state is missing"
+    for number, moments in state.items():
+        shapes = {name: moment.shape for name, moment in moments.items()}
+        if number not in range(len(expected)) or shapes != expected[number]:
+            return f"the optimizer's state of parameter {number} does not fit"
+    return None
 
 
 # -------------------------------------------------------------------------------- the training loop
@@ -1669,7 +1843,7 @@ def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, f
     from another's; frozen: prefixes of names that neither train nor are saved. Raises ValueError.
     """
     path = folder / "checkpoint.pt"
-    done = resume(path, model, optimizer, facts, frozen)
+    done = resume(path, model, optimizer, args.iters, facts, frozen)
     if done == args.iters:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -1721,6 +1895,16 @@ def photo_faults(image_id: str, image: np.ndarray, mend: str):
         wanted = f" ({error})" if str(error).startswith("a dense CRF") else ""
         raise ValueError(f"{image_id}: out of memory for a photo of {W}x{H} pixels{wanted}; what "
                          f"helps: {mend}, or more memory") from None
+
+
+def check_output(image_id: str, values):
+    """Raise ValueError where what a network says of a photo, any tensor, is infinite or no number.
+
+    Sound weights can overflow on the way through it; argmax would make a mask of that all the same.
+    """
+    if not torch.as_tensor(values).isfinite().all():
+        raise ValueError(f"{image_id}: the network's answer is infinite or no number; train anew "
+                         "with a smaller --lr, with --overwrite, or leave --amp out")
 
 
 def check_losses(recent: list):
@@ -1815,6 +1999,8 @@ class Log:
             line[name] = round(term.item(), 8)
         with naming(self.path), open(self.path, "a") as f:
             f.write(json.dumps(line) + "\n")
+            f.flush()
+            os.fsync(f.fileno())  # on the disk before the checkpoint that comes after it
 
 
 # -------------------------------------------------------------------------------------- the preview
@@ -1880,12 +2066,14 @@ def load_clip(name: str, seed: int, machine) -> tuple[clip.CLIP, str]:
     path = clip.locate(name)
     if machine.main:
         machine.wait()
+    digest = clip.file_sha256(path)
     model = clip.load(path)
+    check_unchanged(path, digest, clip.file_sha256(path))
     patch = model.visual.conv1.kernel_size
     if patch != (16, 16):
         raise ValueError(f"--clip {name}: patch size {patch[0]}; "
                          "the pyramid adapter is made for 16")
-    return model, clip.file_sha256(path)
+    return model, digest
 
 
 def common_options(description: str, lr, batch_size, crop, recipe=None):
@@ -1952,7 +2140,7 @@ def machine_options(parser):
 
 def backbone_options(method, arch: str):
     """Add the options of stages 1 and 3, whose networks are ResNets."""
-    method.add_argument("--arch", choices=("resnet18", "resnet50", "resnet101"), default=arch,
+    method.add_argument("--arch", choices=ARCHITECTURES, default=arch,
                         help="the backbone; a deeper one is slower and mostly better [%(default)s]")
     method.add_argument("--weights", default="imagenet", metavar="imagenet|none|FILE",
                         help="what it starts from: ImageNet's weights (downloaded), nothing, or a "
@@ -1962,6 +2150,8 @@ def backbone_options(method, arch: str):
 # smallest value that makes sense
 SMALLEST = {"iters": 1, "batch_size": 1, "crop": 64, "limit": 1, "seed": 0, "workers": 0,
             "lr": 1e-12}
+# largest; torch's seed has 64 bits, of which the iteration takes one half
+LARGEST = {"iters": MOST_ITERATIONS, "crop": LARGEST_CROP, "seed": 2 ** 31 - 1}
 
 
 def open_run(args):
@@ -1971,9 +2161,11 @@ def open_run(args):
     """
     for name, smallest in SMALLEST.items():
         value = getattr(args, name)
+        option = name.replace("_", "-")
         if value is not None and not smallest <= value < math.inf:  # so NaN is refused too
-            option = name.replace("_", "-")
             raise ValueError(f"--{option} {value}: at least {smallest} is expected")
+        if value is not None and value > LARGEST.get(name, math.inf):
+            raise ValueError(f"--{option} {value}: at most {LARGEST[name]} is expected")
     if args.crop is not None and args.crop % 32:  # the coarsest stride of any network here
         raise ValueError(f"--crop {args.crop}: a multiple of 32 is expected")
     data = find_dataset(args.data)

@@ -34,11 +34,10 @@ places in its list of ten surprises.
 Shapes stand at the ends of lines: B images of a batch, K classes with background first, C channels,
 D channels of CLIP's embeddings, H W pixels, h w cells of a grid, N = h*w tokens.
 """
-import os
-import signal
-
-if __name__ == "__main__":  # torch takes seconds to import: Ctrl-C then ends without a traceback
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+# first: while all else is imported, which takes seconds, eval.py sees to Ctrl-C
+from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, VOC_CLASSES, check_inputs, dataset_name,
+                  folder_digest, for_each, label_path, overlay, photo_files, read_args,
+                  read_image, read_label, run, write_json, write_label, write_whole)
 
 import argparse
 import dataclasses
@@ -55,14 +54,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import clip
-from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, VOC_CLASSES, check_inputs, dataset_name,
-                  folder_digest, for_each, label_path, overlay, photo_files, read_args,
-                  read_image, read_label, run, write_json, write_label, write_whole)
-from stage1_cam import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Machine, common_options,
-                        crop_or_pad, dense_crf, fit, is_finished, is_whole, load_clip,
-                        load_trained, mark_finished, mark_unfinished, normalise, open_run,
-                        photo_faults, preview_ids, read_checkpoint, set_aside, set_provenance,
-                        start_run, truth_pictures, work_on, write_preview)
+from stage1_cam import (CLIP_MEAN, CLIP_STD, DAMAGED, IMAGENET_MEAN, IMAGENET_STD, Machine,
+                        check_output, check_unchanged, common_options, crop_or_pad, dense_crf,
+                        first_names, fit, is_finished, is_whole, load_checkpoint, load_clip,
+                        load_trained, mark_finished, mark_unfinished, normalise, not_finite,
+                        open_run, photo_faults, preview_ids, read_checkpoint, refuse_own_input,
+                        set_aside, set_provenance, start_run, truth_pictures, work_on,
+                        write_preview)
 
 # ===================================================================================== switches
 
@@ -1233,6 +1231,7 @@ def write_masks(predict, ids: list[str], read, folder: Path, machine: Machine, c
             image = read(image_id)
             with photo_faults(image_id, image, "--no-crf, fewer or smaller --scales"):
                 probs = predict(image)
+                check_output(image_id, probs)
                 allowed_here = allowed[image_id] if allowed else None
                 mask, kept = mask_from(probs, image, crf, allowed_here)
             if probs_folder:
@@ -1272,12 +1271,12 @@ def write_all_masks(predict, data, lists, folder: Path, args, machine: Machine, 
 # From here on bookkeeping, to skip at a first reading: which masks are current, which options made
 # them, and masks of one's own photos.
 
-def mask_photos(predict, args, iters, checkpoint: Path, folder: Path, machine: Machine, crf,
+def mask_photos(predict, args, iters, digest: str, folder: Path, machine: Machine, crf,
                 classes):
     """`--images DIR`: write masks of a folder of photos to `folder`/images/<DIR's name>.
 
     <name>.png holds class numbers; <name>.jpg beside it is to be looked at: the photo with its mask
-    laid over it and the names of `classes` on it.
+    laid over it and the names of `classes` on it. digest: of the checkpoint that `predict` is of.
     """
     paths = photo_files(args.images)
     if not paths:
@@ -1291,8 +1290,9 @@ def mask_photos(predict, args, iters, checkpoint: Path, folder: Path, machine: M
 
     out = folder / "images" / args.images.resolve().name
     facts = mask_facts(args, iters)
-    facts["checkpoint"] = clip.file_sha256(checkpoint)
+    facts["checkpoint"] = digest
     facts["photos"] = str(args.images.resolve())
+    refuse_own_input(out, args)
     with work_on(out, args, machine):
         if machine.main:
             for_each(check, list(paths), "checking photos")
@@ -1412,21 +1412,32 @@ def open_checkpoint(path: Path, args, machine: Machine, classes=None):
     """A trained network from our checkpoint.pt, or from a released one.
 
     classes: the dataset's, None to take the checkpoint's. Returns (network, crop, iterations or
-    None, outputs: the channels that are the dataset's classes, None for all). Raises ValueError
+    None, outputs: the channels that are the dataset's classes, None for all). The network bears
+    the names of what it tells apart, `classes`, and the file's sha256, `digest`. Raises ValueError
     for a file of another kind, dataset or CLIP.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; "
                          f"python stage2_weakclip.py --data {args.data} trains one")
+    digest = clip.file_sha256(path)
     saved = clip.read_foreign(path)
     if isinstance(saved, dict) and "state_dict" in saved:
-        return open_released(path, saved, args, classes)
+        opened = open_released(path, saved, args, classes)
+    else:
+        opened = open_own(path, args, machine, classes)
+    # A training that is at work replaces its checkpoint now and then.
+    check_unchanged(path, digest, clip.file_sha256(path))
+    opened[0].digest = digest
+    return opened
 
-    # Ours are read again by the strict reader, which builds tensors and plain values only.
+
+def open_own(path: Path, args, machine: Machine, classes=None):
+    """The same from a checkpoint.pt of this stage; the strict reader builds plain values only."""
     saved = read_checkpoint(path)
-    facts = saved.get("facts", {})
+    facts = saved["facts"]
     if facts.get("stage") != "2_weakclip":
-        raise ValueError(f"{path}: neither a checkpoint of stage 2 nor a released one")
+        raise ValueError(f"{path}: neither a checkpoint of stage 2 nor a released one; "
+                         "name another")
     if classes and list(classes) != facts["classes"]:
         raise ValueError(f"{path} knows {', '.join(facts['classes'])}; "
                          f"the dataset has {', '.join(classes)}")
@@ -1434,12 +1445,25 @@ def open_checkpoint(path: Path, args, machine: Machine, classes=None):
     if digest != facts["clip"]:
         raise ValueError(f"{path} was trained with another CLIP than --clip {args.clip}; "
                          "name that one")
-    switches = Switches(**facts["switches"])
+    switches = saved_switches(path, facts["switches"])
     tokens = name_tokens(facts["classes"], clip_model.context_length)
     model = WeakCLIP(clip_model, tokens, switches, facts["crop"])
-    model.classes = facts["classes"]  # names of what it tells apart, for those who look at masks
-    load_trained(model, saved["model"], ("clip.",) if switches.freeze_clip else ())
+    model.classes = facts["classes"]
+    load_checkpoint(path, saved, model, ("clip.",) if switches.freeze_clip else ())
     return model, facts["crop"], saved["step"], None
+
+
+def saved_switches(path: Path, values: dict) -> Switches:
+    """The switches that a checkpoint of ours names; ValueError for others than there are."""
+    names = [field.name for field in dataclasses.fields(Switches)]
+    if sorted(values) != sorted(names):
+        raise ValueError(f"{path}: its switches are not those of this version; "
+                         "use the version that made it")
+    try:
+        return choose_switches("paper", [f"{name}={values[name]}" for name in names])
+    except ValueError as error:
+        reason = f"its switch {str(error).removeprefix('--set ')}"
+        raise ValueError(f"{path}: not a readable checkpoint ({reason}); {DAMAGED}") from None
 
 
 def open_released(path: Path, saved: dict, args, classes=None):
@@ -1448,13 +1472,7 @@ def open_released(path: Path, saved: dict, args, classes=None):
     It holds its own CLIP, so `--clip` is not read. The switches are `--variant released` with
     `--set` on top. Of COCO's 91 released slots only 80 and background are classes (32).
     """
-    state = {}
-    for name, value in saved["state_dict"].items():
-        if isinstance(value, Tensor):
-            state[name] = value
-    if "decode_head.conv_seg.weight" not in state or "contexts" not in state:
-        raise ValueError(f"{path}: no released WeakCLIP checkpoint: "
-                         "it lacks decode_head.conv_seg.weight or contexts")
+    state = released_state(path, saved)
     K = len(state["decode_head.conv_seg.weight"])
     if classes is None:
         classes = {len(VOC_CLASSES): VOC_CLASSES, len(COCO_SLOTS): COCO_CLASSES}.get(K, ())
@@ -1465,13 +1483,48 @@ def open_released(path: Path, saved: dict, args, classes=None):
     if len(names) != K:
         raise ValueError(f"{path} has {K} classes, the dataset {len(names)}")
 
-    context_length = len(state.get("text_encoder.positional_embedding", ()))
-    tokens = name_tokens(names, context_length, prompts=state["contexts"].shape[1])
-    model = from_released(state, tokens, choose_switches("released", args.set))
+    switches = choose_switches("released", args.set)
+    try:
+        context_length = len(state["text_encoder.positional_embedding"])
+        tokens = name_tokens(names, context_length, prompts=state["contexts"].shape[1])
+        model = from_released(state, tokens, switches)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     model.classes = classes
     meta = saved.get("meta")
     step = meta.get("iter") if isinstance(meta, dict) else None
-    return model, model.crop, step if type(step) is int else None, outputs
+    return model, model.crop, step if type(step) is int and step > 0 else None, outputs
+
+
+# The tensors that sizes of a released network are read from -> their numbers of dimensions.
+RELEASED_SIZES = {
+    "contexts": 3, "decode_head.conv_seg.weight": 4, "context_decoder.text_proj.1.weight": 2,
+    "neck.fpn_convs.0.conv.weight": 4, "backbone.positional_embedding": 2,
+    "text_encoder.positional_embedding": 2}
+
+
+def released_state(path: Path, saved: dict) -> dict[str, Tensor]:
+    """The tensors of a released checkpoint by name; ValueError where it can be none.
+
+    Like `read_checkpoint` it sees to what can be seen without the network.
+    """
+    fault = None
+    state = {}
+    if isinstance(saved["state_dict"], dict):
+        for name, value in saved["state_dict"].items():
+            if isinstance(name, str) and isinstance(value, Tensor):
+                state[name] = value
+    for name, dimensions in RELEASED_SIZES.items():
+        if name not in state:
+            fault = f"it lacks {name}"
+        elif state[name].dim() != dimensions:
+            fault = f"{name} has {state[name].dim()} dimensions for {dimensions}"
+    bad = not_finite(state)
+    if bad:
+        fault = f"{first_names(bad)} infinite or no number"
+    if fault:
+        raise ValueError(f"{path}: no released WeakCLIP checkpoint: {fault}")
+    return state
 
 
 # Our parameter names, as patterns -> those of a released checkpoint.
@@ -1506,15 +1559,15 @@ def from_released(state: dict, token_ids: Tensor, switches=RELEASED, vision_head
     token_ids (K, L): as for WeakCLIP. Sizes are read from the tensors; heads cannot be and are
     width // 64 unless given. Raises ValueError naming every key that does not fit.
     """
-    try:
-        width = len(state["context_decoder.text_proj.1.weight"])
-        sizes = {"contexts": state["contexts"].shape[1], "coattention_width": width,
-                 "fpn_channels": len(state["neck.fpn_convs.0.conv.weight"]),
-                 "head_channels": state["decode_head.conv_seg.weight"].shape[1]}
-        # The table of positions is stored at the training grid: 1 + (crop / 16)^2 rows.
-        crop = 16 * math.isqrt(len(state["backbone.positional_embedding"]) - 1)
-    except KeyError as e:
-        raise ValueError(f"no released WeakCLIP checkpoint: it lacks {e.args[0]}") from None
+    sizes = {"contexts": state["contexts"].shape[1],
+             "coattention_width": len(state["context_decoder.text_proj.1.weight"]),
+             "fpn_channels": len(state["neck.fpn_convs.0.conv.weight"]),
+             "head_channels": state["decode_head.conv_seg.weight"].shape[1]}
+    # The table of positions is stored at the training grid: 1 + (crop / 16)^2 rows.
+    rows = len(state["backbone.positional_embedding"])
+    crop = 16 * math.isqrt(max(0, rows - 1))
+    if not crop or rows != 1 + (crop // 16) ** 2:
+        raise ValueError(f"backbone.positional_embedding: {rows} rows are no square grid's")
     clip_model = clip.CLIP.from_state_dict(
         released_clip(state), vision_heads=vision_heads, transformer_heads=transformer_heads)
     model = WeakCLIP(clip_model, token_ids, switches, crop, coattention_heads=coattention_heads,
@@ -1612,7 +1665,7 @@ def label_photos(args):
     path = args.checkpoint or folder / "checkpoint.pt"
     model, crop, iters, outputs = open_checkpoint(path, args, machine)
     predict = predictor(model, args, crop, machine, outputs)
-    mask_photos(predict, args, iters, path, folder, machine, mask_crf(args), model.classes)
+    mask_photos(predict, args, iters, model.digest, folder, machine, mask_crf(args), model.classes)
 
 
 def preview(data, ids: list[str], args, folder: Path):
@@ -1671,7 +1724,7 @@ def main():
     if args.checkpoint:
         opened = open_checkpoint(args.checkpoint, args, machine, data.classes)
         model, args.crop, args.iters, outputs = opened
-        inputs = {"checkpoint": clip.file_sha256(args.checkpoint)}
+        inputs = {"checkpoint": model.digest}
     else:
         model, facts = new_network(args, data, switches, machine)
         outputs = None
@@ -1687,6 +1740,7 @@ def main():
         if not args.checkpoint:
             # Returns at once where the checkpoint is of the last iteration already.
             train(model.to(machine.device), facts, data, learned, args, machine, folder)
+            check_unchanged(args.seeds, inputs["seeds"], folder_digest(args.seeds, training_list))
         predict = predictor(model, args, args.crop, machine, outputs)
         write_all_masks(predict, data, lists, folder, args, machine, mask_crf(args))
         if machine.main:

@@ -17,11 +17,9 @@ left for this file is what makes stage 3 different: its network, its data and it
 Shapes stand at the ends of lines: B images of a batch, K classes with background first, C channels,
 H W pixels, h w of a resized photo.
 """
-import os
-import signal
-
-if __name__ == "__main__":  # torch takes seconds to import: Ctrl-C then ends without a traceback
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+# first: while all else is imported, which takes seconds, eval.py sees to Ctrl-C
+from eval import (IGNORE, check_inputs, dataset_name, folder_digest, label_path, read_args,
+                  read_label, run)
 
 from pathlib import Path
 
@@ -30,12 +28,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from eval import (IGNORE, check_inputs, dataset_name, folder_digest, label_path, read_args,
-                  read_label, run)
-from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, common_options,
-                        crop_or_pad, fit, fix_batchnorm, load_trained, mark_finished, normalise,
-                        open_run, poly, preview_ids, random_window, read_checkpoint, resnet,
-                        start_run, truth_pictures, weights_digest, work_on, write_preview)
+import clip
+from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, check_unchanged,
+                        common_options, crop_or_pad, fit, fix_batchnorm, load_checkpoint,
+                        mark_finished, normalise, open_run, poly, preview_ids, random_window,
+                        read_checkpoint, resnet, start_run, truth_pictures, weights_digest, work_on,
+                        write_preview)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_facts, mask_options,
                              mask_photos, masks_are_current, mean_cross_entropy, open_masks, resize,
                              resize_image, write_all_masks)
@@ -219,14 +217,19 @@ def label_photos(args):
     machine = Machine(args.device, args.amp)
     folder = args.runs / dataset_name(args.data) / "3_segment"
     path = folder / "checkpoint.pt"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint; "
+                         f"python stage3_segment.py --data {args.data} trains one")
+    digest = clip.file_sha256(path)
     saved = read_checkpoint(path)
+    check_unchanged(path, digest, clip.file_sha256(path))
     facts = saved["facts"]
     if facts.get("stage") != "3_segment":
-        raise ValueError(f"{path}: not a checkpoint of stage 3")
+        raise ValueError(f"{path}: not a checkpoint of stage 3; name another --runs")
     model = DeepLab(facts["arch"], "none", len(facts["classes"]))
-    load_trained(model, saved["model"])
+    load_checkpoint(path, saved, model)
     predict = predictor(model, args, machine)
-    mask_photos(predict, args, saved["step"], path, folder, machine, mask_crf(args, SEGMENT_CRF),
+    mask_photos(predict, args, saved["step"], digest, folder, machine, mask_crf(args, SEGMENT_CRF),
                 facts["classes"])
 
 
@@ -286,6 +289,7 @@ def main():
         torch.manual_seed(args.seed)
         model = DeepLab(args.arch, args.weights, len(data.classes)).to(machine.device)
         train(model, data, ids, args, machine, folder)
+        check_unchanged(args.masks, inputs["masks"], folder_digest(args.masks, ids))
         predict = predictor(model, args, machine)
         write_all_masks(predict, data, lists, folder, args, machine, mask_crf(args, SEGMENT_CRF))
         if machine.main:

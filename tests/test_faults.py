@@ -313,6 +313,31 @@ def test_nothing_is_lost(fault, rows):
     assert rows[fault] == [3, 0]
 
 
+IMPORTS = [("eval.py", "numpy")]
+for stage in STAGES:
+    name = Path(STAGES[stage][0].__file__).name
+    IMPORTS += [(name, "numpy"), (name, "torch")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name, module", IMPORTS)
+def test_a_signal_while_a_script_imports_is_one_line(name, module, number, tmp_path):
+    """A module that sends the signal stands in for the first and the slowest that is imported."""
+    code = f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(9)\n"
+    (tmp_path / f"{module}.py").write_text(code)
+    command = [sys.executable, ROOT / name, "--data", tmp_path]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
+                           env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (ended.returncode, ended.stderr) == (128 + number, "interrupted\n")
+
+
+def test_signals_are_left_alone_where_the_files_are_imported():
+    code = ("import signal; before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)\n"
+            "import eval\n"
+            "assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))\n")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_a_strip_of_a_photo_has_a_bounded_preview(tmp_path):
     strip = np.zeros((1, 5000, 3), np.uint8)
     assert stage1.thumbnail(strip, 160).shape == (164, 644, 3)
@@ -399,7 +424,6 @@ def test_out_of_memory_in_the_crf_says_what_it_needs():
 def exhausted(*_):
     """What torch does where memory is short."""
     raise RuntimeError("not enough memory: you tried to allocate 99 bytes")
-
 
 
 def said_of(capsys, function):

@@ -178,10 +178,10 @@ def test_mutated_archives_are_read_or_refused_in_one_line():
 
 # which of READERS reads which of the sound archives; what they began as is told apart from damage
 READ = [
-    (True, True, True, True, True),      # weights
+    (True, True, True, True, False),     # weights: no checkpoint of a stage
     (True, True, True, False, True),     # a stage's checkpoint: its weights are no CLIP's
     (False, True, True, True, False),    # a strange checkpoint with an object in it
-    (True, True, True, True, True),      # weights in the legacy layout
+    (True, True, True, True, False),     # weights in the legacy layout
     (True, True, True, False, True),     # a checkpoint in the legacy layout
     (False, True, True, False, False),   # TorchScript
 ]
