@@ -130,6 +130,16 @@ def test_a_finished_stage_says_so_and_another_option_is_refused(chain, call):
         assert before == {p: p.stat().st_mtime_ns for p in (folder / stage).rglob("*")}
 
 
+def test_a_run_of_before_accumulate_goes_on_as_one_without(chain, call, tmp_path):
+    folder, options = copy_runs(chain, tmp_path)
+    record = read_json(folder / "3_segment" / "args.json")
+    assert record["options"].pop("accumulate") == 1
+    evaluation.write_json(folder / "3_segment" / "args.json", record)
+    assert "finished" in call("stage3_segment.py", *options["stage3_segment.py"])
+    said = call("stage3_segment.py", *options["stage3_segment.py"], "--accumulate", 2, ok=False)
+    assert "accumulate = 1, now it is 2" in said
+
+
 def copy_runs(chain, tmp_path):
     """(folder, options) of a copy of the chain's runs, to be changed."""
     folder, options = chain
@@ -420,6 +430,8 @@ def test_bad_seeds_end_before_any_work(fault, call, clip_file, tmp_path):
     ("stage1_cam.py", ["--iters", "0"], "--iters 0: at least 1"),
     ("stage1_cam.py", ["--lr", "0"], "--lr 0.0"), ("stage3_segment.py", ["--lr", "nan"], "--lr nan"),
     ("stage2_weakclip.py", ["--batch-size", "0"], "--batch-size 0: at least 1"),
+    ("stage2_weakclip.py", ["--accumulate", "0"], "--accumulate 0: at least 1"),
+    ("stage3_segment.py", ["--accumulate", "3"], "--batch-size 2: must divide among 1 processes and --accumulate 3 parts in each"),
     ("stage2_weakclip.py", ["--clip", "ViT-L/14"], "made for patch 16"),
     ("stage1_cam.py", ["--device", "abacus"], "--device abacus"),
     ("stage1_cam.py", ["--weights", "no/such.pt"], "no/such.pt: no such file"),
