@@ -1266,20 +1266,33 @@ def fetch(url: str, md5: str, folder: Path) -> Path:
 
 
 def archive_files(path: Path):
-    """Yields (path inside, open file) for every regular file of a .zip, .tar or .tgz.
+    """Yields (path inside, open file) for every regular file of a .zip, .tar or .tgz, under a bar.
 
     Links and devices are left out: nothing in an archive may point out of it.
     """
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if not member.is_dir():
-                    yield PurePosixPath(member.filename), archive.open(member)
-    else:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.isfile():
-                    yield PurePosixPath(member.name), archive.extractfile(member)
+    # How many files are to come a .tar does not say, so the bar tells the time left by bytes.
+    bar = tqdm(total=path.stat().st_size, desc=f"reading {path.name}", unit="B", unit_scale=True)
+    with open(path, "rb") as f, bar:
+        members = zip_files(f) if path.suffix == ".zip" else tar_files(f)
+        for member in members:
+            yield member
+            bar.update(f.tell() - bar.n)
+
+
+def zip_files(f):
+    """`archive_files` of an open .zip."""
+    with zipfile.ZipFile(f) as archive:
+        for member in archive.infolist():
+            if not member.is_dir():
+                yield PurePosixPath(member.filename), archive.open(member)
+
+
+def tar_files(f):
+    """`archive_files` of an open .tar, compressed or not."""
+    with tarfile.open(fileobj=f) as archive:
+        for member in archive:
+            if member.isfile():
+                yield PurePosixPath(member.name), archive.extractfile(member)
 
 
 def unpack(path: Path, prefix: str, wanted: tuple[str, ...], root: Path):
@@ -1291,7 +1304,7 @@ def unpack(path: Path, prefix: str, wanted: tuple[str, ...], root: Path):
     # folder is, letter by letter, a wanted one, and lands in our folder under its last name.
     patterns = {PurePosixPath(prefix, pattern).parent: PurePosixPath(pattern)
                 for pattern in wanted}
-    for inside, source in tqdm(archive_files(path), f"unpacking {path.name}", unit=" files"):
+    for inside, source in archive_files(path):
         pattern = patterns.get(inside.parent)
         if pattern is None or not inside.match(pattern.name):
             continue
@@ -1365,7 +1378,7 @@ def convert_sbd(data: Dataset, archive: Path, unlabelled: set[str], unmasked: se
     """
     # scipy reads MATLAB's files; nothing else here needs it, so nobody has to install it to train.
     from scipy.io import loadmat
-    for inside, source in tqdm(archive_files(archive), "SBD's .mat files", unit=" files"):
+    for inside, source in archive_files(archive):
         image_id = inside.stem
         if inside.parent != SBD_FOLDER / "cls" or image_id not in unlabelled | unmasked:
             continue
@@ -1486,9 +1499,10 @@ def read_coco(path: Path) -> list[CocoImage]:
     # number first and put together at the end.
     images, objects, names = {}, {}, {}
     try:
-        with open(path, encoding="utf-8") as f:
-            entries = tqdm(JsonReader(f).items(), f"reading {path.name}", unit=" entries")
-            for key, item in entries:
+        # The bar goes by what has been read, since how many entries come nobody knows.
+        size, text = path.stat().st_size, f"reading {path.name}"
+        with open(path, encoding="utf-8") as f, tqdm.wrapattr(f, "read", size, desc=text) as file:
+            for key, item in JsonReader(file).items():
                 if key == "images":
                     stem = PurePosixPath(item["file_name"]).stem
                     images[item["id"]] = stem, item["height"], item["width"]

@@ -798,7 +798,7 @@ def write_clip_log(data, ids, folder):
     From the files, at the end: so it is whole however often the run was cut off.
     """
     lines = []
-    for step, image_id in enumerate(ids):
+    for step, image_id in enumerate(tqdm(ids, "log")):
         cams = read_cams(folder / "cams" / f"{image_id}.npz")
         names = [data.classes[k] for k in cams["keys"]]
         probs = [round(float(p), 6) for p in cams["probs"]]
