@@ -20,31 +20,12 @@ import stage1_cam as stage1
 import stage2_weakclip as stage2
 import stage3_segment as stage3
 from conftest import CLASSES, ROOT, draw_dataset, read_json, script, tiny_clip
-from eval import find_dataset, read_label, run, write_label
+from eval import find_dataset, read_label, write_label
 
 SMALL = {"stage1_cam.py": ["--weights", "none", "--arch", "resnet18", "--iters", 4, "--batch-size", 2, "--crop", 64],
          "stage2_weakclip.py": ["--iters", 4, "--batch-size", 2, "--crop", 64, "--scales", 0.5, 1],
          "stage3_segment.py": ["--weights", "none", "--arch", "resnet18", "--iters", 4, "--batch-size", 2, "--crop", 64, "--scales", 1],
          "eval.py": []}
-MAINS = {"stage1_cam.py": stage1.main, "stage2_weakclip.py": stage2.main, "stage3_segment.py": stage3.main,
-         "eval.py": evaluation.main}
-
-
-@pytest.fixture()
-def call(monkeypatch, capsys):
-    """Run a script's main() in this process, which is quicker: call(name, options...) -> what it printed."""
-    def call(name, *options, ok=True):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
-        capsys.readouterr()
-        try:
-            run(MAINS[name])
-        except SystemExit as e:
-            said = capsys.readouterr().err.strip().split("\r")[-1].splitlines()[-1]
-            assert not ok and e.code == 2, said
-            return said
-        assert ok, "it should have been refused"
-        return capsys.readouterr().out
-    return call
 
 
 @pytest.fixture(scope="module")
