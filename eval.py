@@ -32,6 +32,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import textwrap
 import unicodedata
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -2268,31 +2269,52 @@ def overlay(photo: np.ndarray, label: np.ndarray, classes, side: int) -> np.ndar
     width, height = [max(1, round(n * scale)) for n in label.shape[::-1]]
     photo = np.asarray(Image.fromarray(photo).resize((width, height), Image.BICUBIC))
     label = np.asarray(Image.fromarray(label).resize((width, height), Image.NEAREST))
-    share = np.where(label > 0, 0.5, 0.0)[:, :, None]                    # (h, w, 1) of the colour
-    mixed = (1 - share) * photo + share * colour_map()[label]            # (h, w, 3)
+    # Under a colour the photo is grey: red under blue would be violet, another class's colour.
+    grey = photo.mean(2, keepdims=True)                                  # (h, w, 1)
+    laid = label[:, :, None] > 0                                         # (h, w, 1)
+    mixed = np.where(laid, grey / 2 + colour_map()[label] / 2, photo)    # (h, w, 3)
     # A pixel is on the rim if the one to the right or the one below is of another class.
     rim = np.zeros(label.shape, bool)
     rim[:, :-1] |= label[:, :-1] != label[:, 1:]
     rim[:-1] |= label[:-1] != label[1:]
     mixed[rim] = 255
     sheet = Image.fromarray(mixed.astype(np.uint8))
+    boxes = []
     for k in np.unique(label[(label > 0) & (label != IGNORE)]):
-        write_name(sheet, classes[k], np.argwhere(label == k))
+        write_name(sheet, classes[k], np.argwhere(label == k), boxes)
     return np.asarray(sheet)
 
 
-def write_name(sheet: Image.Image, name: str, pixels: np.ndarray):
-    """Draw a name on a picture, at the middle of the pixels (n, 2) (row, column); in place."""
+def write_name(sheet: Image.Image, name: str, pixels: np.ndarray, boxes: list[tuple]):
+    """Draw a name on a picture, at the middle of the pixels (n, 2) (row, column); in place.
+
+    boxes: (left, top, right, bottom) of the names that are there already; this one's is added.
+    """
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(max(10, max(sheet.size) // 18))
+    # A long name has lines as wide as its pixels, as a third of the picture, or as its longest
+    # word, but no line is wider than the picture. A tenth is left for what the letters differ.
+    per_letter = font.getlength(name) / len(name) / 0.9
+    letters = max(np.ptp(pixels[:, 1]), sheet.width / 3) / per_letter
+    letters = min(max(letters, *map(len, name.split())), sheet.width / per_letter)
+    name = textwrap.fill(name, max(1, int(letters)))
+    style = {"font": font, "anchor": "mm", "align": "center", "stroke_width": 2}
+    left, top, right, bottom = draw.textbbox((0, 0), name, **style)
     # The mean of a ring lies outside it, so the name goes to the ring's pixel nearest to there.
     distance = np.square(pixels - pixels.mean(0)).sum(1)
     row, column = pixels[distance.argmin()]
-    left, top, right, bottom = draw.textbbox((0, 0), name, font=font, anchor="mm", stroke_width=2)
-    # Kept inside the picture, as far as the name is not wider than that.
+    # Kept inside the picture, as far as the name is not larger than that.
     x = min(max(column, -left), max(sheet.width - right, -left))
-    y = min(max(row, -top), max(sheet.height - bottom, -top))
-    draw.text((x, y), name, (255, 255, 255), font, anchor="mm", stroke_width=2, stroke_fill=0)
+    # The nearest row where no other name is in the way; with none, over another name.
+    rows = np.arange(-top, max(sheet.height - bottom, -top) + 1)
+    free = np.ones(len(rows), bool)
+    for other in boxes:
+        if other[0] < x + right and x + left < other[2]:
+            free &= (rows + bottom <= other[1]) | (other[3] <= rows + top)
+    rows = rows[free] if free.any() else rows
+    y = rows[np.abs(rows - row).argmin()]
+    boxes.append((x + left, y + top, x + right, y + bottom))
+    draw.text((x, y), name, (255, 255, 255), stroke_fill=0, **style)
 
 
 def image_tag(picture, alt: str, classes=()) -> str:
