@@ -2642,7 +2642,9 @@ def score_all(data: Dataset, folder: Path):
     rows = score_runs(data, folder)
     write_report(data, folder, rows)  # before any refusal: its pictures need no truth
     if not rows:
-        raise ValueError(f"{folder}: no masks with a truth to score; "
+        report = folder / "report.html"
+        shown = f"{report} shows what is there, but " if report.is_file() else ""
+        raise ValueError(f"{shown}{folder}: no masks with a truth to score; "
                          f"python stage1_cam.py --data {data.root} makes seeds, "
                          f"{data.root}/SegmentationClass holds true masks")
     print_rows(rows)
