@@ -50,6 +50,7 @@ import json
 import re
 import shutil
 import tarfile
+import textwrap
 import unicodedata
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -1284,20 +1285,33 @@ def fetch(url: str, md5: str, folder: Path) -> Path:
 
 
 def archive_files(path: Path):
-    """Yields (path inside, open file) for every regular file of a .zip, .tar or .tgz.
+    """Yields (path inside, open file) for every regular file of a .zip, .tar or .tgz, under a bar.
 
     Links and devices are left out: nothing in an archive may point out of it.
     """
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if not member.is_dir():
-                    yield PurePosixPath(member.filename), archive.open(member)
-    else:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.isfile():
-                    yield PurePosixPath(member.name), archive.extractfile(member)
+    # How many files are to come a .tar does not say, so the bar tells the time left by bytes.
+    bar = tqdm(total=path.stat().st_size, desc=f"reading {path.name}", unit="B", unit_scale=True)
+    with open(path, "rb") as f, bar:
+        members = zip_files(f) if path.suffix == ".zip" else tar_files(f)
+        for member in members:
+            yield member
+            bar.update(f.tell() - bar.n)
+
+
+def zip_files(f):
+    """`archive_files` of an open .zip."""
+    with zipfile.ZipFile(f) as archive:
+        for member in archive.infolist():
+            if not member.is_dir():
+                yield PurePosixPath(member.filename), archive.open(member)
+
+
+def tar_files(f):
+    """`archive_files` of an open .tar, compressed or not."""
+    with tarfile.open(fileobj=f) as archive:
+        for member in archive:
+            if member.isfile():
+                yield PurePosixPath(member.name), archive.extractfile(member)
 
 
 def unpack(path: Path, prefix: str, wanted: tuple[str, ...], root: Path):
@@ -1309,7 +1323,7 @@ def unpack(path: Path, prefix: str, wanted: tuple[str, ...], root: Path):
     # folder is, letter by letter, a wanted one, and lands in our folder under its last name.
     patterns = {PurePosixPath(prefix, pattern).parent: PurePosixPath(pattern)
                 for pattern in wanted}
-    for inside, source in tqdm(archive_files(path), f"unpacking {path.name}", unit=" files"):
+    for inside, source in archive_files(path):
         pattern = patterns.get(inside.parent)
         if pattern is None or not inside.match(pattern.name):
             continue
@@ -1383,7 +1397,7 @@ def convert_sbd(data: Dataset, archive: Path, unlabelled: set[str], unmasked: se
     """
     # scipy reads MATLAB's files; nothing else here needs it, so nobody has to install it to train.
     from scipy.io import loadmat
-    for inside, source in tqdm(archive_files(archive), "SBD's .mat files", unit=" files"):
+    for inside, source in archive_files(archive):
         image_id = inside.stem
         if inside.parent != SBD_FOLDER / "cls" or image_id not in unlabelled | unmasked:
             continue
@@ -1504,9 +1518,10 @@ def read_coco(path: Path) -> list[CocoImage]:
     # number first and put together at the end.
     images, objects, names = {}, {}, {}
     try:
-        with open(path, encoding="utf-8") as f:
-            entries = tqdm(JsonReader(f).items(), f"reading {path.name}", unit=" entries")
-            for key, item in entries:
+        # The bar goes by what has been read, since how many entries come nobody knows.
+        size, text = path.stat().st_size, f"reading {path.name}"
+        with open(path, encoding="utf-8") as f, tqdm.wrapattr(f, "read", size, desc=text) as file:
+            for key, item in JsonReader(file).items():
                 if key == "images":
                     stem = PurePosixPath(item["file_name"]).stem
                     images[item["id"]] = stem, item["height"], item["width"]
@@ -2272,31 +2287,52 @@ def overlay(photo: np.ndarray, label: np.ndarray, classes, side: int) -> np.ndar
     width, height = [max(1, round(n * scale)) for n in label.shape[::-1]]
     photo = np.asarray(Image.fromarray(photo).resize((width, height), Image.BICUBIC))
     label = np.asarray(Image.fromarray(label).resize((width, height), Image.NEAREST))
-    share = np.where(label > 0, 0.5, 0.0)[:, :, None]                    # (h, w, 1) of the colour
-    mixed = (1 - share) * photo + share * colour_map()[label]            # (h, w, 3)
+    # Under a colour the photo is grey: red under blue would be violet, another class's colour.
+    grey = photo.mean(2, keepdims=True)                                  # (h, w, 1)
+    laid = label[:, :, None] > 0                                         # (h, w, 1)
+    mixed = np.where(laid, grey / 2 + colour_map()[label] / 2, photo)    # (h, w, 3)
     # A pixel is on the rim if the one to the right or the one below is of another class.
     rim = np.zeros(label.shape, bool)
     rim[:, :-1] |= label[:, :-1] != label[:, 1:]
     rim[:-1] |= label[:-1] != label[1:]
     mixed[rim] = 255
     sheet = Image.fromarray(mixed.astype(np.uint8))
+    boxes = []
     for k in np.unique(label[(label > 0) & (label != IGNORE)]):
-        write_name(sheet, classes[k], np.argwhere(label == k))
+        write_name(sheet, classes[k], np.argwhere(label == k), boxes)
     return np.asarray(sheet)
 
 
-def write_name(sheet: Image.Image, name: str, pixels: np.ndarray):
-    """Draw a name on a picture, at the middle of the pixels (n, 2) (row, column); in place."""
+def write_name(sheet: Image.Image, name: str, pixels: np.ndarray, boxes: list[tuple]):
+    """Draw a name on a picture, at the middle of the pixels (n, 2) (row, column); in place.
+
+    boxes: (left, top, right, bottom) of the names that are there already; this one's is added.
+    """
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(max(10, max(sheet.size) // 18))
+    # A long name has lines as wide as its pixels, as a third of the picture, or as its longest
+    # word, but no line is wider than the picture. A tenth is left for what the letters differ.
+    per_letter = font.getlength(name) / len(name) / 0.9
+    letters = max(np.ptp(pixels[:, 1]), sheet.width / 3) / per_letter
+    letters = min(max(letters, *map(len, name.split())), sheet.width / per_letter)
+    name = textwrap.fill(name, max(1, int(letters)))
+    style = {"font": font, "anchor": "mm", "align": "center", "stroke_width": 2}
+    left, top, right, bottom = draw.textbbox((0, 0), name, **style)
     # The mean of a ring lies outside it, so the name goes to the ring's pixel nearest to there.
     distance = np.square(pixels - pixels.mean(0)).sum(1)
     row, column = pixels[distance.argmin()]
-    left, top, right, bottom = draw.textbbox((0, 0), name, font=font, anchor="mm", stroke_width=2)
-    # Kept inside the picture, as far as the name is not wider than that.
+    # Kept inside the picture, as far as the name is not larger than that.
     x = min(max(column, -left), max(sheet.width - right, -left))
-    y = min(max(row, -top), max(sheet.height - bottom, -top))
-    draw.text((x, y), name, (255, 255, 255), font, anchor="mm", stroke_width=2, stroke_fill=0)
+    # The nearest row where no other name is in the way; with none, over another name.
+    rows = np.arange(-top, max(sheet.height - bottom, -top) + 1)
+    free = np.ones(len(rows), bool)
+    for other in boxes:
+        if other[0] < x + right and x + left < other[2]:
+            free &= (rows + bottom <= other[1]) | (other[3] <= rows + top)
+    rows = rows[free] if free.any() else rows
+    y = rows[np.abs(rows - row).argmin()]
+    boxes.append((x + left, y + top, x + right, y + bottom))
+    draw.text((x, y), name, (255, 255, 255), stroke_fill=0, **style)
 
 
 def image_tag(picture, alt: str, classes=()) -> str:
@@ -2624,7 +2660,9 @@ def score_all(data: Dataset, folder: Path):
     rows = score_runs(data, folder)
     write_report(data, folder, rows)  # before any refusal: its pictures need no truth
     if not rows:
-        raise ValueError(f"{folder}: no masks with a truth to score; "
+        report = folder / "report.html"
+        shown = f"{report} shows what is there, but " if report.is_file() else ""
+        raise ValueError(f"{shown}{folder}: no masks with a truth to score; "
                          f"python stage1_cam.py --data {data.root} makes seeds, "
                          f"{data.root}/SegmentationClass holds true masks")
     print_rows(rows)

@@ -811,7 +811,7 @@ def write_clip_log(data, ids, folder):
     From the files, at the end: so it is whole however often the run was cut off.
     """
     lines = []
-    for step, image_id in enumerate(ids):
+    for step, image_id in enumerate(tqdm(ids, "log")):
         cams = read_cams(folder / "cams" / f"{image_id}.npz")
         names = [data.classes[k] for k in cams["keys"]]
         probs = [round(float(p), 6) for p in cams["probs"]]
@@ -1495,6 +1495,7 @@ def refuse_another_run(folder, before, options, digests, mask_options):
     now.update(digests)
     then = {name: value for name, value in before["options"].items() if name not in free}
     then.update(before["digests"])
+    then.setdefault("accumulate", 1)  # a run that was made before there was this option
     for name, value in now.items():
         if then.get(name) != value:
             raise ValueError(f"{folder} was made with {name} = {then.get(name)}, now it is "
@@ -1792,11 +1793,12 @@ def moments_fault(state: dict, expected: list[dict]) -> str | None:
 # worker that loads images has one too, each in another place. Functions have no state: there is
 # nothing to save and nothing to forget, and any one sample can be made again to be looked at.
 #
-# The order within an iteration: seed, rate, batch, forward, loss, backward, average, step, check,
-# log, save. The check comes once in LOG_EVERY iterations, since a GPU has to be waited for, and
-# always before a save: a NaN that has reached the weights never leaves them, so none is ever
-# saved, and the last checkpoint is sound. The log comes before the checkpoint: a cut between the
-# two leaves lines too many, which are dropped and come again, and never a line too few.
+# The order within an iteration: seed, rate, batch, forward, loss and backward (of one part of the
+# batch after the other, with --accumulate), average, step, check, log, save. The check comes once
+# in LOG_EVERY iterations, since a GPU has to be waited for, and always before a save: a NaN that
+# has reached the weights never leaves them, so none is ever saved, and the last checkpoint is
+# sound. The log comes before the checkpoint: a cut between the two leaves lines too many, which
+# are dropped and come again, and never a line too few.
 
 SAVE_EVERY = 500  # iterations; what a cut costs at most
 LOG_EVERY = 10    # iterations
@@ -1858,13 +1860,12 @@ def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, f
             for group in optimizer.param_groups:
                 group["lr"] = rate(group, step)
             batch = [tensor.to(machine.device, non_blocking=True) for tensor in batch]
-            terms = losses(model, *batch)
-            loss = sum(terms.values())
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            terms = add_gradients(model, batch, losses, args.accumulate)
+            loss = sum(terms.values())
             machine.average_gradients(parameters)
             optimizer.step()
-            recent.append((step, loss.detach(), terms))
+            recent.append((step, loss, terms))
             last = step + 1 == args.iters
             came = signals.came  # asked once: what comes later waits for the next iteration
             save = last or came or (step + 1) % SAVE_EVERY == 0
@@ -1880,6 +1881,28 @@ def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, f
             if came:
                 raise Interrupted(came)
     machine.share_buffers(model)
+
+
+def add_gradients(model, batch: list[torch.Tensor], losses, parts: int) -> dict[str, torch.Tensor]:
+    """{name: loss} of a batch, without gradient; their sum's is added to the parameters' `grad`.
+
+    parts: in how many equal parts (micro-batches, --accumulate) the batch is shown, one after the
+    other; the activations of only one are in memory at a time.
+
+    Each loss becomes the mean of the parts' losses. So gradients are the whole batch's, but for
+    rounding, where a loss is a mean over photos, or over all of their pixels. They are not where it
+    is a mean over the pixels that are not unsure (stage 2's score loss, stage 3's): those of a part
+    with few of them weigh more, as between the processes of torchrun. Nor where BatchNorm trains:
+    it norms each part by the part's own statistics, and its running ones move once a part. And
+    every part draws a dropout of its own.
+    """
+    terms = {}
+    for part in zip(*[tensor.chunk(parts) for tensor in batch]):
+        found = losses(model, *part)
+        (sum(found.values()) / parts).backward()
+        for name, term in found.items():
+            terms[name] = terms.get(name, 0) + term.detach() / parts
+    return terms
 
 
 @contextlib.contextmanager
@@ -1931,8 +1954,9 @@ def training_faults(args, path: Path):
     except (ValueError, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise ValueError(f"out of memory with --batch-size {args.batch_size} --crop "
-                             f"{args.crop}: make one of them smaller; memory grows with the batch "
-                             "and with the crop's square") from None
+                             f"{args.crop} --accumulate {args.accumulate}: make the last "
+                             "larger, or one of the others smaller; memory grows with the photos "
+                             "shown at once and with the crop's square") from None
         if not str(error).startswith("iteration "):
             raise
         kept = ", and deletes the last checkpoint" if path.is_file() else ""
@@ -2076,18 +2100,13 @@ def load_clip(name: str, seed: int, machine) -> tuple[clip.CLIP, str]:
     return model, digest
 
 
-def common_options(description: str, lr, batch_size, crop, recipe=None):
+def common_options(description: str, lr, batch_size, crop, recipe: dict[str, str]):
     """The parser with the options that all stages have, and its group "method".
 
     lr, batch_size and crop are defaults. recipe: {option: text} for a default that is filled in
     later, and so is None here; --help prints the text.
     """
-    shown = dict.fromkeys(("iters", "lr", "batch_size"), "the recipe's")
-    if lr is not None:
-        shown["lr"] = lr
-    if batch_size is not None:
-        shown["batch_size"] = batch_size
-    shown.update(recipe or {})
+    shown = {"lr": lr, "batch_size": batch_size, **recipe}
     parser = argparse.ArgumentParser(description=description)
     files = parser.add_argument_group("files")
     files.add_argument("--data", required=True, metavar="NAME|DIR",
@@ -2104,6 +2123,10 @@ def common_options(description: str, lr, batch_size, crop, recipe=None):
     method.add_argument("--batch-size", type=int, default=batch_size, metavar="N",
                         help="images an iteration, on all devices together; fewer need less memory "
                              f"and make noisier steps [{shown['batch_size']}]")
+    method.add_argument("--accumulate", type=int, default=1, metavar="N",
+                        help="show a batch in N equal parts, one after the other, and step once: "
+                             "nearly the memory of a batch N times smaller, somewhat slower. "
+                             "BatchNorm sees a part, not the batch [%(default)s]")
     method.add_argument("--crop", type=int, default=crop, metavar="PIXELS",
                         help="side of the training crop, a multiple of 32; memory and time grow "
                              "with its square, test sizes scale with it [%(default)s]")
@@ -2148,8 +2171,8 @@ def backbone_options(method, arch: str):
 
 
 # smallest value that makes sense
-SMALLEST = {"iters": 1, "batch_size": 1, "crop": 64, "limit": 1, "seed": 0, "workers": 0,
-            "lr": 1e-12}
+SMALLEST = {"iters": 1, "batch_size": 1, "accumulate": 1, "crop": 64, "limit": 1, "seed": 0,
+            "workers": 0, "lr": 1e-12}
 # largest; torch's seed has 64 bits, of which the iteration takes one half
 LARGEST = {"iters": MOST_ITERATIONS, "crop": LARGEST_CROP, "seed": 2 ** 31 - 1}
 
@@ -2176,9 +2199,9 @@ def open_run(args):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     machine = Machine(args.device, args.amp)
-    if args.batch_size is not None and args.batch_size % machine.world:
+    if args.batch_size is not None and args.batch_size % (machine.world * args.accumulate):
         raise ValueError(f"--batch-size {args.batch_size}: must divide among {machine.world} "
-                         "processes")
+                         f"processes and --accumulate {args.accumulate} parts in each")
     if args.workers is None:
         args.workers = 0
         if machine.device.type != "cpu":
@@ -2202,7 +2225,8 @@ def parse_args(argv=None):
     method.add_argument("--method", choices=("classifier", "clip"), default="classifier",
                         help="classifier: train one on image labels and take its CAMs; clip: ask "
                              "CLIP (CLIP-ES); nothing is trained, so --iters, --batch-size, "
-                             "--crop, --lr, --arch and --weights are not read [%(default)s]")
+                             "--accumulate, --crop, --lr, --arch and --weights are not read "
+                             "[%(default)s]")
     method.add_argument("--clip", default="ViT-B/16", metavar="NAME|PATH|random",
                         help="with --method clip: OpenAI's (downloaded) or a file, best the one "
                              "that stage 2 gets; random: untrained, for timings [%(default)s]")
@@ -2215,6 +2239,7 @@ def main():
     if args.method == "clip":
         for name in TRAINING_OPTIONS:  # not read, so they shall not tell one run from another
             setattr(args, name, None)
+        args.accumulate = 1
     data, machine = open_run(args)
     ids = data.ids(args.split, args.limit)
     labels = data.image_labels(ids)  # {id: class numbers from 1}

@@ -1302,7 +1302,7 @@ def mask_photos(predict, args, iters, digest: str, folder: Path, machine: Machin
         machine.wait()
         write_masks(predict, list(paths), read, out, machine, crf,
                     probs_folder=out / "probs" if args.save_probs else None)
-        for name in machine.share(list(paths)):
+        for name in tqdm(machine.share(list(paths)), "pictures", disable=not machine.main):
             label = read_label(out / f"{name}.png", len(classes))
             picture = Image.fromarray(overlay(read(name), label, classes, 800))
             write_whole(out / f"{name}.jpg", lambda f: picture.save(f, "JPEG", quality=90))

@@ -729,7 +729,7 @@ def part(rank, folder):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 6), nn.Flatten())
     optimizer = torch.optim.SGD([{"params": list(model.parameters()), "base_lr": 0.01}], lr=0.01, momentum=0.9)
-    args = SimpleNamespace(iters=3, batch_size=4, seed=0, workers=0)
+    args = SimpleNamespace(iters=3, batch_size=4, accumulate=int(sys.argv[3]), seed=0, workers=0)
     losses = lambda m, x, y: {"loss_square": (m(x) - y).square().mean()}
     stage1.fit(model, Numbers(), optimizer, losses, stage1.poly(3), args, machine, folder, {})
     torch.save(model.state_dict(), folder / f"{rank}.pt")
@@ -741,20 +741,21 @@ if __name__ == "__main__":  # the imports are paid for once
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_all_processes_end_with_the_same_parameters_and_running_statistics(tmp_path):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_all_processes_end_with_the_same_parameters_and_running_statistics(tmp_path, parts):
     (tmp_path / "part.py").write_text(PROCESSES)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, tmp_path / "part.py", ROOT, tmp_path]
+    command = [sys.executable, tmp_path / "part.py", ROOT, tmp_path, str(parts)]
     r = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
     assert r.returncode == 0, r.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     saved = stage1.read_checkpoint(tmp_path / "checkpoint.pt")["model"]
     assert first.keys() == second.keys() == saved.keys() and "1.running_var" in first
     assert all(torch.equal(first[k], second[k]) and torch.equal(first[k], saved[k]) for k in first)
-    assert first["1.num_batches_tracked"] == 3 and first["1.running_mean"].any()
+    assert first["1.num_batches_tracked"] == 3 * parts and first["1.running_mean"].any()
 
 
 def two_gpus():

@@ -364,7 +364,7 @@ def fit(folder, losses, samples=None, workers=0):
     """Train one number by `losses` -> the model."""
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD([{"params": list(model.parameters()), "base_lr": 0.1}], lr=0.1)
-    args = SimpleNamespace(iters=6, batch_size=2, seed=0, workers=workers, crop=64, overwrite=True)
+    args = SimpleNamespace(iters=6, batch_size=2, accumulate=1, seed=0, workers=workers, crop=64, overwrite=True)
     stage1.fit(model, samples or Samples(), optimizer, losses, stage1.poly(6), args,
                stage1.Machine("cpu", False), folder, {})
     return model

@@ -460,6 +460,76 @@ def test_odd_exif_is_no_turn(tmp_path):
         assert read_image(path).shape == (4, 6, 3)
 
 
+# ============================================================== one's own photos, all the way
+
+SENTENCE = ("a great spotted woodpecker with a red nape that feeds its young in an old hollow birch "
+            "at the edge of the wood behind our house in the last week of May")
+NAMES = {2: ("background", SENTENCE),
+         200: ("background", SENTENCE, "red-backed shrike (male)", "Köln's cathedral",
+               *(f"thing number {k}" for k in range(4, 200)))}
+
+
+def own_photos(folder):
+    """Photos of 50 to 5,000 pixels of every kind that people have -> {id: displayed (H, W)}."""
+    rng = np.random.default_rng(0)
+
+    def noise(height, width, channels=3):
+        pixels = rng.integers(0, 255, (max(1, height // 9), max(1, width // 9), channels), np.uint8)
+        return Image.fromarray(pixels.squeeze()).resize((width, height), Image.BILINEAR)
+    folder.mkdir(parents=True)
+    noise(50, 50, 1).save(folder / "grey.jpg")
+    noise(70, 60).convert("CMYK").save(folder / "print.jpeg")
+    noise(60, 90).save(folder / "turned.JPG")
+    turn(folder / "turned.JPG")
+    deep = np.asarray(noise(64, 80, 1)).astype(np.uint16) * 257
+    Image.fromarray(deep).save(folder / "deep.png")
+    noise(55, 75, 4).save(folder / "alpha.png")
+    noise(50, 5000).save(folder / "wide.jpg")
+    return {"grey": (50, 50), "print": (70, 60), "turned": (90, 60), "deep": (64, 80),
+            "alpha": (55, 75), "wide": (50, 5000)}
+
+
+@pytest.mark.parametrize("classes", NAMES)
+def test_photos_of_ones_own_go_through_the_stages(tmp_path, clip_file, call, classes):
+    root, names = tmp_path / "mine", NAMES[classes]
+    sizes = own_photos(root / "JPEGImages")
+    lines = [f"{image_id} {names[1 + k % (classes - 1)]}" for k, image_id in enumerate(sizes)]
+    write_text(root / "classes.txt", "\n".join(names))
+    write_text(root / "image_labels.txt", "\n".join(lines))
+    write_text(list_file(root), "\n".join(sizes))
+    small = ["--data", root, "--runs", tmp_path / "runs", "--device", "cpu", "--crop", 64,
+             "--iters", 1, "--batch-size", 2]
+    network = ["--weights", "none", "--arch", "resnet18"]
+    call("eval.py", "--data", root, "--check")
+    call("stage1_cam.py", *small, *network)
+    call("stage2_weakclip.py", *small, "--clip", clip_file, "--scales", 1, "--label-filter")
+    call("stage3_segment.py", *small, *network, "--predict", "train", "--scales", 1, "--no-crf")
+    folder = tmp_path / "runs" / "mine"
+    made = ["1_cam/seeds", "2_weakclip/masks/train", "3_segment/masks/train"]
+    for stage, option in (("2_weakclip", ("--clip", clip_file)), ("3_segment", ())):
+        call({"2": "stage2_weakclip.py", "3": "stage3_segment.py"}[stage[0]], *small[:6], *option,
+             "--images", root / "JPEGImages", "--scales", 1, "--no-crf")
+        made.append(f"{stage}/images/JPEGImages")
+    for place in made:
+        for image_id, size in sizes.items():
+            read_label(folder / place / f"{image_id}.png", classes, size)
+    for image_id, (H, W) in sizes.items():
+        with Image.open(folder / made[-1] / f"{image_id}.jpg") as picture:
+            assert picture.size == (round(800 * W / max(H, W)), round(800 * H / max(H, W)))
+    assert "no masks with a truth" in call("eval.py", *small[:4], ok=False)
+    page = (folder / "report.html").read_text()
+    assert SENTENCE in page
+
+
+def test_a_name_that_no_context_holds_is_refused(tmp_path, clip_file, call):
+    root = draw_dataset(tmp_path / "drawn")
+    for path in (root / "classes.txt", root / "image_labels.txt"):
+        path.write_text(path.read_text().replace("traffic light", 3 * SENTENCE))
+    line = call("stage2_weakclip.py", "--data", root, "--runs", tmp_path, "--seeds", root / "seeds",
+                "--clip", clip_file, "--device", "cpu", ok=False)
+    assert "tokens" in line and SENTENCE in line
+
+
 # ================================================================ our own files, when damaged
 
 @pytest.mark.parametrize("text, said", [

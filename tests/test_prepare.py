@@ -314,6 +314,25 @@ def test_a_full_disk_while_downloading(voc, call, monkeypatch):
     call("--data", root, "--download")
 
 
+@pytest.mark.parametrize("ending", ["tar", "tgz", "zip"])
+def test_the_bar_of_an_archive_tells_the_time_left(tmp_path, capsys, ending):
+    path = tmp_path / f"photos.{ending}"
+    noise = np.random.default_rng(0).bytes(200_000)
+    if ending == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in "abc":
+                archive.writestr(name, noise)
+    else:
+        with tarfile.open(path, "w:gz" if ending == "tgz" else "w") as archive:
+            for name in "abc":
+                member = tarfile.TarInfo(name)
+                member.size = len(noise)
+                archive.addfile(member, io.BytesIO(noise))
+    assert [(str(p), len(f.read())) for p, f in evaluation.archive_files(path)] == [(n, len(noise)) for n in "abc"]
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert re.search(rf"reading photos.{ending}: +(9\d|100)%.*<00:00", last), last
+
+
 def test_a_full_disk_while_unpacking(voc, server, call, monkeypatch):
     root = voc(voc_archive(), sbd_archive())
     copy, written = shutil.copyfileobj, []

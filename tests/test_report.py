@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import eval as evaluation
 from conftest import CLASSES, draw_dataset, read_json, script
 from eval import (IGNORE, describe_provenance, find_dataset, read_label, where_wrong, write_json,
                   write_label, write_report, write_text, write_whole)
@@ -131,6 +132,45 @@ def test_where_wrong():
     truth = np.array([[0, 1, 0, 1, 1, 0, IGNORE, 1]], np.uint8)
     label = np.array([[0, 1, 2, 2, 0, IGNORE, 1, IGNORE]], np.uint8)
     assert where_wrong(truth, label).tolist() == [[0, 0, 1, 1, 2, 2, 3, 2]]  # right, right, wrong, wrong, missed, ...
+
+
+def drawn_boxes(monkeypatch, *given):
+    """`overlay` of these -> the picture, and where it has written names."""
+    seen = []
+    write_name = evaluation.write_name
+
+    def watched(sheet, name, pixels, boxes):
+        write_name(sheet, name, pixels, boxes)
+        seen.append(boxes[-1])
+    monkeypatch.setattr(evaluation, "write_name", watched)
+    return evaluation.overlay(*given), seen
+
+
+@pytest.mark.parametrize("height, width", [(300, 400), (400, 300)])
+def test_names_on_a_picture_are_whole_and_apart(monkeypatch, height, width):
+    names = ("background", "great spotted woodpecker with a red nape", "cow", "Kettwigerstrassenbahnhaltestelle",
+             "sheep of the neighbour's small flock")
+    label = np.zeros((height, width), np.uint8)
+    for k in range(1, 5):
+        label[80 + 20 * k:120 + 20 * k, 70 * k - 60:70 * k + 5] = k
+    photo = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+    picture, boxes = drawn_boxes(monkeypatch, photo, label, names, 800)
+    assert max(picture.shape) == 800 and len(boxes) == 4
+    for n, (left, top, right, bottom) in enumerate(boxes):
+        assert 0 <= left < right <= picture.shape[1] and 0 <= top < bottom <= picture.shape[0]
+        for a, b, c, d in boxes[:n]:
+            assert c <= left or right <= a or d <= top or bottom <= b
+
+
+def test_a_mask_has_its_class_colour_whatever_the_photo(monkeypatch):
+    """So that the legend beside the row can be found in it; background stays photo."""
+    photo = np.zeros((40, 40, 3), np.uint8)
+    photo[:] = 20, 200, 180
+    label = np.zeros((40, 40), np.uint8)
+    label[20:] = 17
+    picture, _ = drawn_boxes(monkeypatch, photo, label, [" "] * 17 + ["."], 40)
+    hue, grey = np.array(evaluation.colour_map()[17], float), photo[0, 0].mean()
+    assert (np.abs(picture[25, 2] - (grey + hue) / 2) <= 1).all() and (picture[5, 5] == photo[0, 0]).all()
 
 
 def test_what_is_absent_is_left_out(runs, tmp_path):

@@ -20,31 +20,12 @@ import stage1_cam as stage1
 import stage2_weakclip as stage2
 import stage3_segment as stage3
 from conftest import CLASSES, ROOT, draw_dataset, read_json, script, tiny_clip
-from eval import find_dataset, read_label, run, write_label
+from eval import find_dataset, read_label, write_label
 
 SMALL = {"stage1_cam.py": ["--weights", "none", "--arch", "resnet18", "--iters", 4, "--batch-size", 2, "--crop", 64],
          "stage2_weakclip.py": ["--iters", 4, "--batch-size", 2, "--crop", 64, "--scales", 0.5, 1],
          "stage3_segment.py": ["--weights", "none", "--arch", "resnet18", "--iters", 4, "--batch-size", 2, "--crop", 64, "--scales", 1],
          "eval.py": []}
-MAINS = {"stage1_cam.py": stage1.main, "stage2_weakclip.py": stage2.main, "stage3_segment.py": stage3.main,
-         "eval.py": evaluation.main}
-
-
-@pytest.fixture()
-def call(monkeypatch, capsys):
-    """Run a script's main() in this process, which is quicker: call(name, options...) -> what it printed."""
-    def call(name, *options, ok=True):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
-        capsys.readouterr()
-        try:
-            run(MAINS[name])
-        except SystemExit as e:
-            said = capsys.readouterr().err.strip().split("\r")[-1].splitlines()[-1]
-            assert not ok and e.code == 2, said
-            return said
-        assert ok, "it should have been refused"
-        return capsys.readouterr().out
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +109,16 @@ def test_a_finished_stage_says_so_and_another_option_is_refused(chain, call):
         said = call(name, *options[name], "--iters", 5, ok=False)
         assert "iters = 4, now it is 5" in said and "--overwrite" in said
         assert before == {p: p.stat().st_mtime_ns for p in (folder / stage).rglob("*")}
+
+
+def test_a_run_of_before_accumulate_goes_on_as_one_without(chain, call, tmp_path):
+    folder, options = copy_runs(chain, tmp_path)
+    record = read_json(folder / "3_segment" / "args.json")
+    assert record["options"].pop("accumulate") == 1
+    evaluation.write_json(folder / "3_segment" / "args.json", record)
+    assert "finished" in call("stage3_segment.py", *options["stage3_segment.py"])
+    said = call("stage3_segment.py", *options["stage3_segment.py"], "--accumulate", 2, ok=False)
+    assert "accumulate = 1, now it is 2" in said
 
 
 def copy_runs(chain, tmp_path):
@@ -420,6 +411,8 @@ def test_bad_seeds_end_before_any_work(fault, call, clip_file, tmp_path):
     ("stage1_cam.py", ["--iters", "0"], "--iters 0: at least 1"),
     ("stage1_cam.py", ["--lr", "0"], "--lr 0.0"), ("stage3_segment.py", ["--lr", "nan"], "--lr nan"),
     ("stage2_weakclip.py", ["--batch-size", "0"], "--batch-size 0: at least 1"),
+    ("stage2_weakclip.py", ["--accumulate", "0"], "--accumulate 0: at least 1"),
+    ("stage3_segment.py", ["--accumulate", "3"], "--batch-size 2: must divide among 1 processes and --accumulate 3 parts in each"),
     ("stage2_weakclip.py", ["--clip", "ViT-L/14"], "made for patch 16"),
     ("stage1_cam.py", ["--device", "abacus"], "--device abacus"),
     ("stage1_cam.py", ["--weights", "no/such.pt"], "no/such.pt: no such file"),

@@ -288,33 +288,34 @@ def stage_under_test(stage, data):
     return model, samples, stage3.make_optimizer(model, 5e-3), loss, stage1.poly(6), ()
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_three_and_three_iterations_are_six(dataset, tmp_path, stage, monkeypatch):
+@pytest.mark.parametrize("stage, parts", [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (3, 2)])
+def test_three_and_three_iterations_are_six(dataset, tmp_path, stage, parts, monkeypatch):
     monkeypatch.setattr(stage1, "SAVE_EVERY", 3)
     monkeypatch.setattr(stage1, "LOG_EVERY", 1)
-    data, args = find_dataset(str(dataset)), argparse.Namespace(iters=6, batch_size=2, seed=3, workers=0)
+    data, args = find_dataset(str(dataset)), argparse.Namespace(iters=6, batch_size=4, accumulate=parts, seed=3, workers=0)
     facts = {"stage": str(stage)}
 
     def train(folder, cut=None):
         model, samples, optimizer, loss, rate, frozen = stage_under_test(stage, data)
         calls = iter(range(100))
 
-        def losses(*batch):
+        def losses(model, image, target):
+            assert len(image) == len(target) == 4 // parts
             if next(calls) == cut:
                 raise KeyboardInterrupt
-            return loss(*batch)
+            return loss(model, image, target)
         stage1.fit(model, samples, optimizer, losses, rate, args, CPU, folder, facts, frozen)
         return stage1.read_checkpoint(folder / "checkpoint.pt")
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     whole = train(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "parts", cut=4)  # after four iterations; the checkpoint is of three
+        train(tmp_path / "parts", cut=5 * parts - 1)  # in the fifth iteration; the checkpoint is of three
     assert stage1.read_checkpoint(tmp_path / "parts" / "checkpoint.pt")["step"] == 3
-    parts = train(tmp_path / "parts")
-    assert whole["step"] == parts["step"] == 6 and whole["model"].keys() == parts["model"].keys()
-    assert all(torch.equal(v, parts["model"][k]) for k, v in whole["model"].items())
-    for a, b in zip(whole["optimizer"]["state"].values(), parts["optimizer"]["state"].values()):
+    resumed = train(tmp_path / "parts")
+    assert whole["step"] == resumed["step"] == 6 and whole["model"].keys() == resumed["model"].keys()
+    assert all(torch.equal(v, resumed["model"][k]) for k, v in whole["model"].items())
+    for a, b in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values()):
         assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
     assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "parts" / "log.jsonl").read_text()
     facts["stage"] = "another"
@@ -323,12 +324,66 @@ def test_three_and_three_iterations_are_six(dataset, tmp_path, stage, monkeypatc
 
 
 def test_a_loss_that_is_no_number_stops_the_run(dataset, tmp_path):
-    data, args = find_dataset(str(dataset)), argparse.Namespace(iters=6, batch_size=2, seed=3, workers=0)
+    data, args = find_dataset(str(dataset)), argparse.Namespace(iters=6, batch_size=2, accumulate=1, seed=3, workers=0)
     model, samples, optimizer, loss, rate, frozen = stage_under_test(1, data)
     nan = lambda m, x, y: {"loss_multilabel": loss(m, x, y)["loss_multilabel"] * math.nan}
     with pytest.raises(ValueError, match="iteration 0: a loss is no number"):
         stage1.fit(model, samples, optimizer, nan, rate, args, CPU, tmp_path, {}, frozen)
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+# ==================================================================================================== parts of a batch
+
+def gradients_in(parts, losses, model, batch):
+    """Every parameter's gradient, by name, and the losses, of a batch shown in so many parts."""
+    model.zero_grad()
+    terms = stage1.add_gradients(model, batch, losses, parts)
+    assert not any(term.requires_grad for term in terms.values())
+    return {name: p.grad.clone() for name, p in model.named_parameters()}, terms
+
+
+def mean_losses(model, image, seeds):
+    """Losses of every stage that are means over photos, or over all of their pixels."""
+    logits = model(image)
+    p = stage2.loss_probs(logits, (8, 8))
+    q = stage2.floor_and_normalise(p.detach().flip(1))
+    labels = F.one_hot(seeds[:, 0, :3], 5).amax(1)[:, 1:].double()
+    return {"loss_seeding": stage2.seeding_loss(p, stage2.loss_labels(seeds, (8, 8))),
+            "loss_boundary": stage2.boundary_loss(p, q),
+            "loss_over_all": stage2.mean_cross_entropy(logits, seeds, over_valid=False),
+            "loss_multilabel": F.multilabel_soft_margin_loss(logits[:, 1:].mean((2, 3)), labels)}
+
+
+def labelled_loss(model, image, seeds):
+    """Stage 3's loss: a mean over labelled pixels."""
+    return {"loss_cross_entropy": stage2.mean_cross_entropy(model(image), seeds)}
+
+
+def test_gradients_of_parts_are_those_of_the_batch_where_losses_are_means_over_it():
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(3, 6, 3, padding=1), torch.nn.BatchNorm2d(6), torch.nn.ReLU(), torch.nn.Conv2d(6, 5, 3, padding=1))
+    model = torch.nn.Sequential(*layers).double().eval()
+    batch = torch.randn(8, 3, 16, 16).double(), torch.randint(0, 5, (8, 16, 16))
+    batch[1][0, 2:] = IGNORE  # a photo of which little is sure
+
+    def furthest(losses, parts, batch=batch):
+        whole, terms = gradients_in(1, losses, model, batch)
+        summed, their_terms = gradients_in(parts, losses, model, batch)
+        assert terms.keys() == their_terms.keys()
+        off = [(a - b).abs().max() / a.abs().max() for a, b in zip(whole.values(), summed.values())]
+        return max(off + [(terms[k] - their_terms[k]).abs() for k in terms])
+    for parts in (2, 4, 8):
+        assert furthest(mean_losses, parts) < 1e-12
+        # A mean over labelled pixels differs while the parts have not equally many of them ...
+        assert furthest(labelled_loss, parts) > 1e-3
+        assert furthest(labelled_loss, parts, (batch[0], torch.randint(0, 5, (8, 16, 16)))) < 1e-12
+    # ... and is then the mean of the parts' own.
+    halves = [gradients_in(1, labelled_loss, model, half)[0] for half in zip(*[t.chunk(2) for t in batch])]
+    summed, _ = gradients_in(2, labelled_loss, model, batch)
+    for name, gradient in summed.items():
+        torch.testing.assert_close(gradient, (halves[0][name] + halves[1][name]) / 2, rtol=1e-12, atol=1e-12)
+    model.train()  # BatchNorm norms each part by itself
+    assert furthest(mean_losses, 2) > 1e-3
 
 
 # ============================================================================================ what trains, and how fast
