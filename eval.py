@@ -12,9 +12,9 @@ writes  runs/VOC2012/{metrics.json, metrics.csv, report.html}
 
 In this order: I the dataset folder and its label PNGs, II how VOC 2012 and COCO 2014 come into
 it, III scores, IV the report page, V the command line. Who looks for the mIoU reads III alone.
-Every stage imports part I, so that photos, lists and labels are read and refused in one way
-everywhere; and part III's `read_args`, because a run's record must be written and read by the
-same rules. No neural network stands here, and no torch is needed but for --download. Numbers in
+Every stage imports part I, so that photos, lists, labels and the stages' own files are read and
+refused in one way everywhere, and two ways to draw from part IV, `heat` and `overlay`. No neural
+network stands here, and no torch is needed but for --download. Numbers in
 brackets, such as (32), are findings in AUDIT.md's ledger.
 """
 import os
@@ -664,9 +664,9 @@ def exif_turn(picture: Image.Image) -> int | None:
 class Photo(NamedTuple):
     """A photo as it was read: rgb (H, W, 3) uint8, and what was done to make it that."""
     rgb: np.ndarray
-    turned: bool   # by its EXIF
-    deep: bool     # more than 8 bits a value
-    clear: bool    # with transparency
+    turned: bool       # by its EXIF
+    many_bits: bool    # more than 8 bits a value
+    transparent: bool
 
 
 def read_photo(path: Path) -> Photo:
@@ -680,17 +680,17 @@ def read_photo(path: Path) -> Photo:
         turn = exif_turn(picture)
         if turn is not None:
             picture = picture.transpose(turn)
-        deep = file_kind(content) == "PNG" and content[24] == 16  # bits a value, in its header
-        clear = picture.has_transparency_data
-        if deep and picture.mode.startswith("I"):
+        many_bits = file_kind(content) == "PNG" and content[24] == 16  # bits a value, in its header
+        transparent = picture.has_transparency_data
+        if many_bits and picture.mode.startswith("I"):
             return Photo(grey_from_16_bits(np.asarray(picture)), turn is not None, True, False)
-        if clear:
+        if transparent:
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture.convert("RGBA"))
-        return Photo(np.array(picture.convert("RGB")), turn is not None, deep, clear)
+        return Photo(np.array(picture.convert("RGB")), turn is not None, many_bits, transparent)
     photo = decode(path, ("JPEG", "PNG"), "image", convert)
     # Pillow takes the upper 8 of 16 bits. Of colours from a camera of 12 bits these are 0 to 15.
-    if photo.deep and 0 < photo.rgb.max() < 64:
+    if photo.many_bits and 0 < photo.rgb.max() < 64:
         raise ValueError(f"{path}: 16 bits a value, and the brightest is below a quarter of "
                          "them; save it with 8 bits a value")
     return photo
@@ -870,15 +870,15 @@ def labels_to_check(data: Dataset, ids: list[str], label_folder: Path | None,
 def note_conversions(photos: list[Photo], folder: Path):
     """Say how many photos are not read as they are stored."""
     turned = sum(photo.turned for photo in photos)
-    deep = sum(photo.deep for photo in photos)
-    clear = sum(photo.clear for photo in photos)
+    many_bits = sum(photo.many_bits for photo in photos)
+    transparent = sum(photo.transparent for photo in photos)
     if turned:
         note(f"{folder}: {turned} of {len(photos)} photos have an EXIF turn, which is applied: "
              "masks must fit them as displayed, not as stored")
-    if deep:
-        note(f"{folder}: {deep} of {len(photos)} photos have 16 bits a value, read as 8")
-    if clear:
-        note(f"{folder}: {clear} of {len(photos)} photos are transparent, and laid on white")
+    if many_bits:
+        note(f"{folder}: {many_bits} of {len(photos)} photos have 16 bits a value, read as 8")
+    if transparent:
+        note(f"{folder}: {transparent} of {len(photos)} photos are transparent, and laid on white")
 
 
 def compare_classes(data: Dataset, held: dict, image_labels: dict, tolerated: float):
@@ -924,6 +924,96 @@ def note_leaks(data: Dataset, split: str):
                 note(f"{data.list_path(split)}: {len(leaked)} ids of {data.list_path(judged).name} "
                      f"stand in {split} too, first {leaked[0]}; scores on {judged} will be too "
                      "good")
+
+
+# -------------------------------------------------------------------- what the stages leave behind
+
+def read_args(folder: Path) -> dict:
+    """args.json, the record that a stage keeps of its run; {} where there is none.
+
+    Raises ValueError for a file that is no such record any more.
+    """
+    path = folder / "args.json"
+    if not path.is_file():
+        return {}
+    record = parse_json(path.read_bytes(), f"{path}: no record of a run (damaged)")
+    for part, types in RECORD_TYPES.items():
+        facts = record.get(part, {})
+        for name, kind in types.items():
+            value = facts.get(name) if isinstance(facts, dict) else facts
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{path}: no record of a run (its {part} are damaged: {name}); "
+                                 "remove it, or the stage's folder")
+    return record
+
+
+def parse_json(content: bytes, fault: str) -> dict:
+    """JSON text -> dict; ValueError(fault) where it is none."""
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError):  # a number of a million digits, a million brackets
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{fault}; remove it")
+    return value
+
+
+def read_log(path: Path) -> list[dict]:
+    """log.jsonl -> its lines, {"step": n, "lr": ..., name of a loss: value}; [] without a file.
+
+    Raises ValueError, naming the line, where one is no such record.
+    """
+    if not path.is_file():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
+        # A run that was cut off while it wrote may have left half a line at the end.
+        if text.endswith(b"}"):
+            fault = f"{path}: line {number} is no record of an iteration (damaged)"
+            line = parse_json(text, fault)
+            losses = [line[name] for name in line if name.startswith("loss")]
+            for value in (line.get("step"), *losses):
+                if not isinstance(value, (int, float)) or not abs(value) < 1e300:
+                    raise ValueError(f"{fault}; remove it")
+            lines.append(line)
+    return lines
+
+
+CAM_BYTES = 2 ** 28
+
+
+def read_cams(path: Path) -> dict[str, np.ndarray]:
+    """cams/<id>.npz -> {"keys": (J,) class numbers from 1, "cam": (J, h, w) in [0, 1], ...}.
+
+    Raises ValueError for a damaged file. NumPy would believe what a file says of its sizes, and
+    ask for the memory; here an array must be as large as its bytes.
+    """
+    arrays, content = {}, path.read_bytes()
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > CAM_BYTES:
+                raise ValueError("too large")
+            for name in archive.namelist():
+                # Reading an entry whole also compares it with its checksum.
+                arrays[name.removesuffix(".npy")] = array_from_npy(archive.read(name))
+        keys, cam = arrays["keys"], arrays["cam"]
+        if (keys.ndim, keys.dtype, cam.ndim, cam.dtype) != (1, np.uint8, 3, np.float16):
+            raise ValueError("no CAMs")
+        if any(len(array) != len(keys) for array in arrays.values()):
+            raise ValueError("not one of each for every class")
+    except Exception:  # zip, zlib and NumPy's reader raise many kinds
+        raise ValueError(f"{path}: not a readable file of CAMs (damaged); remove it, and stage 1 "
+                         "makes it again") from None
+    return arrays
+
+
+def array_from_npy(content: bytes) -> np.ndarray:
+    """Bytes of an .npy file -> array. Raises ValueError and what NumPy's reader raises."""
+    f = io.BytesIO(content)
+    np.lib.format.read_magic(f)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+    values = np.frombuffer(content, dtype, offset=f.tell())
+    return values.reshape(shape, order="F" if fortran else "C")
 
 
 # ----------------------------------------------------------------- files that appear whole, errors
@@ -1431,7 +1521,7 @@ class CocoImage(NamedTuple):
     objects: list  # (category id, outline) in the file's order; outlines are of `read_outline`
 
 
-class Runs(NamedTuple):
+class RunLengths(NamedTuple):
     """Pixels as run lengths down the columns: so many outside, so many inside, and so on."""
     size: tuple         # (H, W)
     counts: np.ndarray  # (n,) int64
@@ -1441,7 +1531,7 @@ class JsonReader:
     """A JSON file, read from front to back with no more than a piece of it in memory.
 
     COCO's annotations are hundreds of megabytes of text, and the lists and numbers that Python
-    makes of them take several times that.
+    makes of them take several times that. (COCO's own tools do so, and must be compiled.)
     """
 
     def __init__(self, file):
@@ -1557,7 +1647,7 @@ def check_references(path: Path, objects: dict, images: dict):
 
 
 def read_outline(segmentation):
-    """An object's place as the JSON has it -> Runs, or polygons: a list of (n, 2) float64, x y.
+    """An object's place as the JSON has it -> RunLengths, or polygons: a list of (n, 2) float64, x y.
 
     A polygon with half a corner is a ValueError.
     """
@@ -1567,7 +1657,7 @@ def read_outline(segmentation):
         counts = segmentation["counts"]
         if isinstance(counts, str):
             counts = run_lengths(counts)
-        return Runs(tuple(segmentation["size"]), np.array(counts, np.int64))
+        return RunLengths(tuple(segmentation["size"]), np.array(counts, np.int64))
     return [corners(numbers) for numbers in segmentation]
 
 
@@ -1658,9 +1748,9 @@ def fill(polygon: np.ndarray, H: int, W: int) -> tuple[tuple[slice, slice], np.n
 
 
 def paint(label: np.ndarray, outline, k: int):
-    """Write class number k into label (H, W) where an object is. Runs must fit the photo."""
+    """Write class number k into label (H, W) where an object is. RunLengths must fit the photo."""
     H, W = label.shape
-    if isinstance(outline, Runs):
+    if isinstance(outline, RunLengths):
         if outline.size != (H, W) or outline.counts.min() < 0 or outline.counts.sum() != H * W:
             raise ValueError(f"run lengths of {outline.size} and {outline.counts.sum()} pixels")
         # Every second run is inside; COCO goes down the columns, as MATLAB and Fortran do.
@@ -1900,94 +1990,6 @@ ASKS_CLIP = "CLIP is asked for a photo's classes; where its answer came from is 
 RECORD_TYPES = {
     "options": {"split": str, "limit": int, "seeds": str, "masks": str},
     "provenance": {"iters": int, "scales": list, "flip": bool, "crf": bool, "label_filter": bool}}
-
-
-def read_args(folder: Path) -> dict:
-    """args.json, the record that a stage keeps of its run; {} where there is none.
-
-    Raises ValueError for a file that is no such record any more.
-    """
-    path = folder / "args.json"
-    if not path.is_file():
-        return {}
-    record = parse_json(path.read_bytes(), f"{path}: no record of a run (damaged)")
-    for part, types in RECORD_TYPES.items():
-        facts = record.get(part, {})
-        for name, kind in types.items():
-            value = facts.get(name) if isinstance(facts, dict) else facts
-            if value is not None and not isinstance(value, kind):
-                raise ValueError(f"{path}: no record of a run (its {part} are damaged: {name}); "
-                                 "remove it, or the stage's folder")
-    return record
-
-
-def parse_json(content: bytes, fault: str) -> dict:
-    """JSON text -> dict; ValueError(fault) where it is none."""
-    try:
-        value = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError):  # a number of a million digits, a million brackets
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{fault}; remove it")
-    return value
-
-
-def read_log(path: Path) -> list[dict]:
-    """log.jsonl -> its lines, {"step": n, "lr": ..., name of a loss: value}; [] without a file.
-
-    Raises ValueError, naming the line, where one is no such record.
-    """
-    if not path.is_file():
-        return []
-    lines = []
-    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
-        # A run that was cut off while it wrote may have left half a line at the end.
-        if text.endswith(b"}"):
-            fault = f"{path}: line {number} is no record of an iteration (damaged)"
-            line = parse_json(text, fault)
-            losses = [line[name] for name in line if name.startswith("loss")]
-            for value in (line.get("step"), *losses):
-                if not isinstance(value, (int, float)) or not abs(value) < 1e300:
-                    raise ValueError(f"{fault}; remove it")
-            lines.append(line)
-    return lines
-
-
-CAM_BYTES = 2 ** 28
-
-
-def read_cams(path: Path) -> dict[str, np.ndarray]:
-    """cams/<id>.npz -> {"keys": (J,) class numbers from 1, "cam": (J, h, w) in [0, 1], ...}.
-
-    Raises ValueError for a damaged file. NumPy would believe what a file says of its sizes, and
-    ask for the memory; here an array must be as large as its bytes.
-    """
-    arrays, content = {}, path.read_bytes()
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > CAM_BYTES:
-                raise ValueError("too large")
-            for name in archive.namelist():
-                # Reading an entry whole also compares it with its checksum.
-                arrays[name.removesuffix(".npy")] = array_from_npy(archive.read(name))
-        keys, cam = arrays["keys"], arrays["cam"]
-        if (keys.ndim, keys.dtype, cam.ndim, cam.dtype) != (1, np.uint8, 3, np.float16):
-            raise ValueError("no CAMs")
-        if any(len(array) != len(keys) for array in arrays.values()):
-            raise ValueError("not one of each for every class")
-    except Exception:  # zip, zlib and NumPy's reader raise many kinds
-        raise ValueError(f"{path}: not a readable file of CAMs (damaged); remove it, and stage 1 "
-                         "makes it again") from None
-    return arrays
-
-
-def array_from_npy(content: bytes) -> np.ndarray:
-    """Bytes of an .npy file -> array. Raises ValueError and what NumPy's reader raises."""
-    f = io.BytesIO(content)
-    np.lib.format.read_magic(f)
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-    values = np.frombuffer(content, dtype, offset=f.tell())
-    return values.reshape(shape, order="F" if fortran else "C")
 
 
 def learned_from(record: dict) -> list[str]:
