@@ -1647,7 +1647,7 @@ def check_references(path: Path, objects: dict, images: dict):
 
 
 def read_outline(segmentation):
-    """An object's place as the JSON has it -> RunLengths, or polygons: a list of (n, 2) float64, x y.
+    """An object's place as the JSON has it -> RunLengths, or polygons: a list of (n, 2), x y.
 
     A polygon with half a corner is a ValueError.
     """
