@@ -1446,6 +1446,8 @@ def open_own(path: Path, args, machine: Machine, classes=None):
         raise ValueError(f"{path} was trained with another CLIP than --clip {args.clip}; "
                          "name that one")
     switches = saved_switches(path, facts["switches"])
+    if with_settings(switches, args.set) != switches:
+        raise ValueError(f"--set {' '.join(args.set)}: {path} was trained otherwise; leave it out")
     tokens = name_tokens(facts["classes"], clip_model.context_length)
     model = WeakCLIP(clip_model, tokens, switches, facts["crop"])
     model.classes = facts["classes"]
@@ -1603,11 +1605,15 @@ RANGES = {"drop_path": (0, 1), "boundary_weight": (0, math.inf), "score_weight":
 
 
 def choose_switches(variant: str, settings: list[str]) -> Switches:
-    """The switches of a preset ("paper" or "released") with the settings "field=value" on top.
+    """The switches of a preset ("paper" or "released") with the settings "field=value" on top."""
+    return with_settings({"paper": PAPER, "released": RELEASED}[variant], settings)
+
+
+def with_settings(switches: Switches, settings: list[str]) -> Switches:
+    """The switches with the settings "field=value" on top.
 
     Raises ValueError for an unknown field or a value that the field cannot have.
     """
-    switches = {"paper": PAPER, "released": RELEASED}[variant]
     types = {field.name: field.type for field in dataclasses.fields(Switches)}
     for text in settings:
         name, _, value = text.partition("=")
@@ -1653,7 +1659,8 @@ def parse_args(argv=None):
              f"class Switches, at the head of this script, explains them: {fields}")
     method.add_argument(
         "--checkpoint", type=Path, metavar="FILE",
-        help="train nothing, make masks with this checkpoint, ours or a released one")
+        help="train nothing, make masks with this checkpoint, ours (as it was trained, whatever "
+             "--variant is) or a released one")
     mask_options(parser, [0.5, 0.75, 1.0, 1.25, 1.5, 1.75])
     return parser.parse_args(argv)
 

@@ -281,6 +281,8 @@ def test_checkpoint_makes_masks_without_training(chain, call, tmp_path):
     for split in ("train", "val"):
         for path in (folder / "2_weakclip" / "masks" / split).iterdir():
             assert path.read_bytes() == (tmp_path / folder.name / "2_weakclip" / "masks" / split / path.name).read_bytes()
+    said = call("stage2_weakclip.py", *given, "--set", "prompts=false", ok=False)  # it cannot change what was trained
+    assert "--set prompts=false" in said and "trained otherwise" in said
 
 
 class Strange:
