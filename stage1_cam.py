@@ -1466,7 +1466,7 @@ def holds_results(folder: Path) -> bool:
 
 
 def has_begun(folder: Path) -> bool:
-    """True if a run of this stage has left anything that its args.json should tell of.
+    """True if a run of this stage has left anything whose making its args.json should tell.
 
     Masks of one's own photos, in images/, have an args.json of their own.
     """
@@ -1477,9 +1477,11 @@ def has_begun(folder: Path) -> bool:
 def refuse_own_input(folder: Path, args):
     """Raise ValueError where an input lies in the folder that is written, which may be deleted."""
     for name in (*FILE_OPTIONS, "images"):
-        path = Path(getattr(args, name, None) or "")
-        if path.exists() and path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"--{name} {path}: lies in {folder}, which this command writes; "
+        value = getattr(args, name, None)
+        if not value or not Path(value).exists():  # or it is the name of a model
+            continue
+        if Path(value).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--{name} {value}: lies in {folder}, which this command writes; "
                              "copy it elsewhere, or give another --runs")
 
 
@@ -1767,8 +1769,8 @@ def moment_shapes(optimizer) -> list[dict]:
 def moments_fault(state: dict, expected: list[dict]) -> str | None:
     """What does not fit of {number of a parameter: {name: tensor}}; None if all does.
 
-    expected: `moment_shapes`. A parameter may have no state: none has had a gradient that no loss
-    depends on, as with some switches of stage 2.
+    expected: `moment_shapes`. A parameter that no loss depends on, as with some switches of
+    stage 2, has had no gradient and has no state.
     """
     if any(expected) and not state:
         return "the optimizer's state is missing"

@@ -235,6 +235,18 @@ def test_a_sound_checkpoint_is_read_by_all(stage, world):
         read()
 
 
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_rates_and_decay_are_the_commands(stage, world):
+    """Of the optimizer only what it has gathered comes from the file."""
+    saved = copied(world.saved[stage])
+    saved["optimizer"]["param_groups"] = [{"weight_decay": "x", "params": [5]}]
+    torch.save(saved, world.path(stage))
+    args, kwargs = world.fits[stage]
+    before = [{**group, "params": None} for group in args[2].param_groups]
+    stage1.fit(*args, **kwargs)
+    assert before == [{**group, "params": None} for group in args[2].param_groups]
+
+
 @pytest.mark.parametrize("stage, options", [
     ("1_cam", []), ("2_weakclip", []), ("2_weakclip", ["--checkpoint"]),
     ("2_weakclip", ["--images"]), ("3_segment", []), ("3_segment", ["--images"])])

@@ -484,7 +484,8 @@ def test_every_switch_does_something(field):
     base = stage2.PAPER
     value = getattr(stage2.RELEASED, field)
     if value == getattr(base, field):
-        value = (not value) if isinstance(value, bool) else value / 2
+        # an eighth: half the CRF's bandwidth is lost in the rounding of the loss on some machines
+        value = (not value) if isinstance(value, bool) else value / 8
     other = dataclasses.replace(base, **{field: value})
 
     def fingerprint(switches):
