@@ -116,7 +116,9 @@ RELEASED = Switches(
 # stride 8, after two thirds stride 16, and the last block's stride 32 (12).
 
 def resize(x: Tensor, size, align_corners=False) -> Tensor:
-    """x (B, C, H, W) at another size (h, w), bilinear."""
+    """x (B, C, H, W) at another size (h, w), bilinear; x itself where it has that size."""
+    if x.shape[2:] == size:
+        return x  # torch would compute a copy, and its gradient
     return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
 
 
@@ -132,6 +134,29 @@ class GridNorm(nn.GroupNorm):
         return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
 
 
+def double(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.conv_transpose2d(x, weight, bias, stride=2) for a kernel of 2 x 2: (B, F, 2h, 2w).
+
+    x (B, C, h, w), weight (C, F, 2, 2), bias (F,). Every cell becomes 2 x 2 cells, and none of them
+    overlap: one product of x with four matrices. On a CPU torch's kernel takes twice as long.
+    """
+    matrix = weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * F, C)
+    x = F.linear(x.permute(0, 2, 3, 1), matrix, bias.repeat(4))  # (B, h, w, 2 * 2 * F)
+    x = x.unflatten(3, (2, 2, -1)).transpose(2, 3)  # (B, h, 2, w, 2, F)
+    return x.flatten(1, 2).flatten(2, 3).permute(0, 3, 1, 2)  # channels last in memory
+
+
+class Doubling(nn.ConvTranspose2d):
+    """Doubles the resolution and learns how: (B, inputs, h, w) -> (B, outputs, 2h, 2w)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `double`."""
+        return double(x, self.weight, self.bias)
+
+
 class PyramidAdapter(nn.Module):
     """Four grids of one stride, taken at four depths of CLIP and called levels[0] to levels[3] -> a
     pyramid of strides 4, 8, 16 and 32; 7.1 M parameters.
@@ -145,13 +170,13 @@ class PyramidAdapter(nn.Module):
         # grows with depth. A transposed convolution then doubles the resolution and learns how.
         self.level1 = nn.Sequential(
             GridNorm(1, width),
-            nn.ConvTranspose2d(width, width, 2, stride=2),
+            Doubling(width, width),
             nn.BatchNorm2d(width),
             nn.GELU(),
-            nn.ConvTranspose2d(width, width, 2, stride=2))
+            Doubling(width, width))
         self.level2 = nn.Sequential(
             GridNorm(1, width),
-            nn.ConvTranspose2d(width, width, 2, stride=2))
+            Doubling(width, width))
         self.level3 = GridNorm(1, width)
         self.level4 = nn.Sequential(
             GridNorm(1, width),
@@ -248,12 +273,12 @@ class MultiHeadAttention(nn.Module):
         q = self.split_heads(self.q_proj(x))  # (B, heads, N, C / heads)
         k = self.split_heads(self.k_proj(memory))  # (B, heads, M, C / heads)
         v = self.split_heads(self.v_proj(memory))  # (B, heads, M, C / heads)
-        if memory is x:
-            # Among 1 + 32 * 32 tokens of a 512 crop the weights are a large matrix. The library
+        if min(q.shape[2], k.shape[2]) > 256:
+            # Among the 1 + 32 * 32 pixels of a 512 crop the weights are a large matrix. The library
             # never writes it out.
             seen = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
         else:
-            # Across, they are few, and are kept for backward. The library's kernel for a CPU
+            # With texts they are few, and are kept for backward. The library's kernel for a CPU
             # computes them anew there, with up to 3 times the rounding error in gradients.
             weights = (q / q.shape[3] ** 0.5 @ k.transpose(2, 3)).softmax(3)  # (B, heads, N, M)
             seen = weights @ v  # (B, heads, N, C / heads)
@@ -420,11 +445,20 @@ class TextGuidedDecoder(nn.Module):
     def head(self, levels: list[Tensor]) -> Tensor:
         """The four levels at stride 4, summed: (B, head_channels, H/4, W/4)."""
         x = [climb(level) for climb, level in zip(self.climb, levels)]
-        # On odd grids the coarser levels come out a little off and are resized to the finest.
-        return x[0] + sum(resize(level, x[0].shape[2:]) for level in x[1:])
+        total = x[0]
+        for level in x[1:]:
+            # On odd grids the coarser levels come out a little off and are resized to the finest.
+            total = total + resize(level, total.shape[2:])
+        return total
 
     def forward(self, laterals: list[Tensor]) -> Tensor:
         """Logits (B, K, H/4, W/4), from what `laterals` or `WeakCLIP.adapted_laterals` returns."""
+        # Convolutions in bfloat16 work on channels-last memory and copy what comes in another
+        # layout. In float32 they do not, and there the gradients behind BatchNorm would round 2 to
+        # 4 times as much in it.
+        bf16 = laterals[0].dtype == torch.bfloat16
+        layout = torch.channels_last if bf16 else torch.contiguous_format
+        laterals = [level.contiguous(memory_format=layout) for level in laterals]
         features = self.head(self.neck(laterals))  # (B, head_channels, H/4, W/4)
         return self.classify(self.drop(features))
 
@@ -435,7 +469,7 @@ def resized_score(score: Tensor, size) -> Tensor:
     return resize(score, size, align_corners=True)
 
 
-def lateral_of_upsampled(lateral: nn.Conv2d, up: nn.ConvTranspose2d, x: Tensor,
+def lateral_of_upsampled(lateral: nn.Conv2d, up: Doubling, x: Tensor,
                          score: Tensor | None) -> Tensor:
     """lateral([up(x), score]) without the map up(x): (B, fpn_channels, 2h, 2w).
 
@@ -450,12 +484,10 @@ def lateral_of_upsampled(lateral: nn.Conv2d, up: nn.ConvTranspose2d, x: Tensor,
     of_map = lateral.weight[:, :C, 0, 0]  # (fpn_channels, C)
     weight = torch.einsum("icyx,fc->ifyx", up.weight, of_map)  # (C, fpn_channels, 2, 2)
     bias = of_map @ up.bias + lateral.bias  # (fpn_channels,)
-    out = F.conv_transpose2d(x, weight, bias, stride=2)  # (B, fpn_channels, 2h, 2w)
+    out = double(x, weight, bias)  # (B, fpn_channels, 2h, 2w)
     if score is not None:
         out = out + F.conv2d(resized_score(score, out.shape[2:]), lateral.weight[:, C:])
-    # `to_grid` only transposes, so maps come in channels-last memory. In that layout the gradients
-    # behind BatchNorm (the next is in the decoder's head) round 2 to 4 times as much.
-    return out.contiguous()
+    return out
 
 
 # ===================================================================================== WeakCLIP
@@ -467,6 +499,17 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
     """
     keep = torch.rand(len(x), 1, 1, device=x.device) >= rate
     return x * keep / (1 - rate)
+
+
+def prefix_mask(P: int, K: int, L: int, device) -> Tensor:
+    """Who attends to whom in [P tokens, then K texts of L tokens]: (P + K * L, P + K * L) bool.
+
+    Each token to those before it, as in CLIP, but a text's tokens to no other text's.
+    """
+    causal = clip.causal_mask(P + L, device)
+    mask = torch.block_diag(causal[:P, :P], *[causal[P:, P:]] * K)
+    mask[P:, :P] = True
+    return mask
 
 
 def to_grid(tokens: Tensor, h: int, w: int) -> Tensor:
@@ -588,14 +631,25 @@ class WeakCLIP(nn.Module):
         return x + drop_path(block.mlp(block.ln_2(x)), rate)
 
     def encode_text(self) -> Tensor:
-        """Class texts (K, D): [start, contexts, name, end], read at the end token's place."""
+        """Class texts (K, D): [start, contexts, name, end], read at the end token's place.
+
+        Start and contexts are the same in every text, and no token of them sees the names behind
+        them. So they go through the encoder once, in one sequence with all names.
+        """
         x = self.clip.token_embedding(self.token_ids)  # (K, L, C)
-        end = self.token_ids.argmax(1)  # (K,)
+        prefix, names = x[0, :1], x[:, 1:]  # (1, C), (K, L - 1, C)
         if self.switches.prompts:
-            contexts = self.contexts.expand(len(x), -1, -1)  # (K, contexts, C)
-            x = torch.cat([x[:, :1], contexts, x[:, 1:]], 1)  # (K, contexts + L, C)
-            end = end + self.contexts.shape[1]
-        return self.clip.text_features(x, end)  # (K, D)
+            prefix = torch.cat([prefix, self.contexts[0]])  # (P, C)
+        P, (K, L, _) = len(prefix), names.shape
+        positions = self.clip.positional_embedding[:P + L]
+        prefix = prefix + positions[:P]
+        names = names + positions[P:]  # each name as if it stood right behind the prefix
+        x = torch.cat([prefix, names.flatten(0, 1)])[None]  # (1, P + K * L, C)
+        x = self.clip.transformer(x, prefix_mask(P, K, L, x.device))
+        names = self.clip.ln_final(x[0, P:]).unflatten(0, (K, L))
+        end = self.token_ids.argmax(1) - 1  # in `names`, which lack the start
+        rows = torch.arange(K, device=x.device)
+        return names[rows, end] @ self.clip.text_projection  # (K, D)
 
     def match(self, global_: Tensor, dense: Tensor, text: Tensor) -> Tensor:
         """Score map (B, K, h, w) in [-1, 1]: cosine of each place with each class text.

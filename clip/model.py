@@ -53,12 +53,12 @@ class Attention(nn.Module):
         qkv = qkv.unflatten(2, (3, self.heads, -1))                 # (B, L, 3, heads, C / heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x, causal=False):
-        """causal: each token attends to itself and those before it, not to later ones."""
+    def forward(self, x, mask=None):
+        """mask (L, L) bool: whether the row's token attends to the column's; None: all to all."""
         q, k, v = self.split(x)
         # softmax(q k' / sqrt(C / heads)) v; the library's version never writes the (L, L) matrix
         # out
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, L, C / heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, L, C / heads)
         return self.out_proj(x.transpose(1, 2).flatten(2))                     # (B, L, C)
 
 
@@ -82,8 +82,8 @@ class ResidualAttentionBlock(nn.Module):
             nn.init.normal_(last.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
         nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
 
-    def forward(self, x, causal=False):
-        x = x + self.attn(self.ln_1(x), causal)
+    def forward(self, x, mask=None):
+        x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -95,10 +95,15 @@ class Transformer(nn.Module):
         blocks = [ResidualAttentionBlock(width, heads, layers) for _ in range(layers)]
         self.resblocks = nn.ModuleList(blocks)
 
-    def forward(self, x, causal=False):
+    def forward(self, x, mask=None):
         for block in self.resblocks:
-            x = block(x, causal)
+            x = block(x, mask)
         return x
+
+
+def causal_mask(L: int, device=None) -> torch.Tensor:
+    """(L, L) bool for `Attention`: each token attends to itself and those before it."""
+    return torch.ones(L, L, dtype=torch.bool, device=device).tril()
 
 
 def resize_positions(table: torch.Tensor, h: int, w: int) -> torch.Tensor:
@@ -234,24 +239,19 @@ class CLIP(nn.Module):
         mean and std."""
         return self.visual(image)
 
-    def text_features(self, x: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        """Features (B, embed_dim), not normalised, of token embeddings x (B, L, C) without
-        positions.
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Features (B, embed_dim), not normalised, of tokens (B, L) int64 from `tokenize`.
 
-        end (B,): where each text's end token stands. The mask is causal (CLIP kept it so that the
-        encoder could start as a language model), so a token knows only what stands before it: the
-        end token is the one that has seen the whole text, and the zeros that pad it are seen by
-        none. So the feature is read there.
+        The mask is causal (CLIP kept it so that the encoder could start as a language model), so a
+        token knows only what stands before it: the end token is the one that has seen the whole
+        text, and the zeros that pad it are seen by none. So the feature is read there.
         """
-        x = x + self.positional_embedding[:x.shape[1]].to(x.dtype)
-        x = self.ln_final(self.transformer(x, causal=True))                    # (B, L, C)
+        L = tokens.shape[1]
+        x = self.token_embedding(tokens) + self.positional_embedding[:L]       # (B, L, C)
+        x = self.ln_final(self.transformer(x, causal_mask(L, x.device)))       # (B, L, C)
+        end = tokens.argmax(1)  # the end token's id is the largest of all
         rows = torch.arange(len(x), device=x.device)
         return x[rows, end] @ self.text_projection                             # (B, embed_dim)
-
-    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Features (B, embed_dim), not normalised, of tokens (B, L) int64 from `tokenize`."""
-        end = tokens.argmax(1)  # the end token's id is the largest of all
-        return self.text_features(self.token_embedding(tokens), end)
 
     def forward(self, image, tokens):
         """logits_per_image (B_image, B_text) = exp(logit_scale) * cosine, and its transpose."""

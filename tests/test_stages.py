@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import clip
 import stage1_cam as stage1
 import stage2_weakclip as stage2
 import stage3_segment as stage3
@@ -396,6 +397,42 @@ def one_step(model, lr=1e-4, iters=20_000, step=8000):
     sum(stage2.weakclip_losses(*model(x), x, y, model.switches, stage2.CLIP_MEAN, stage2.CLIP_STD).values()).backward()
     optimizer.step()
     return optimizer
+
+
+def test_doubling_is_a_transposed_convolution():
+    torch.manual_seed(0)
+    up, x = stage2.Doubling(3, 5).double(), torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    found = [up(x), F.conv_transpose2d(x, up.weight, up.bias, stride=2)]
+    w = torch.randn_like(found[0])
+    gradients = [torch.autograd.grad((y * w).sum(), [x, up.weight, up.bias]) for y in found]
+    assert found[0].shape == (2, 5, 8, 12)
+    for ours, theirs in zip([found[0], *gradients[0]], [found[1], *gradients[1]]):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("prompts", [True, False])
+def test_texts_in_one_sequence_are_texts_one_by_one(prompts):
+    model = network(dataclasses.replace(stage2.PAPER, prompts=prompts)).double()
+    text_encoder, texts = model.clip, []
+    for ids in model.token_ids:
+        x = text_encoder.token_embedding(ids)
+        if prompts:
+            x = torch.cat([x[:1], model.contexts[0], x[1:]])
+        end = int(ids.argmax()) + len(x) - len(ids)
+        x = (x + text_encoder.positional_embedding[:len(x)])[None, :end + 1]
+        x = text_encoder.ln_final(text_encoder.transformer(x, clip.causal_mask(end + 1)))
+        texts.append(x[0, end] @ text_encoder.text_projection)
+    assert torch.allclose(model.encode_text(), torch.stack(texts), rtol=0, atol=1e-12)
+
+
+def test_attention_among_many_is_attention_among_few():
+    """Few tokens are told from many by their number; the formula is the same."""
+    torch.manual_seed(0)
+    attention = stage2.MultiHeadAttention(8, 2, dropout=0.0).double()
+    many = torch.randn(1, 300, 8, dtype=torch.float64)
+    ours = attention(many, many)  # with the library's kernel
+    parts = torch.cat([attention(part, many) for part in many.split(100, 1)], 1)  # without
+    assert torch.allclose(ours, parts, rtol=0, atol=1e-12)
 
 
 def test_paper_clip_is_frozen():
