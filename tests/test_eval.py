@@ -190,5 +190,10 @@ def test_server_archive(tmp_path):
     shutil.copy(lists / "val.txt", lists / "test.txt")
     shutil.copytree(folder / "SegmentationClass", tmp_path / "runs" / "drawn" / "3_segment" / "masks" / "test")
     script("eval.py", "--data", folder, "--runs", tmp_path / "runs", "--submit")
-    with tarfile.open(tmp_path / "runs" / "drawn" / "submission.tar.gz") as tar:
+    archive = tmp_path / "runs" / "drawn" / "submission.tar.gz"
+    with tarfile.open(archive) as tar:
         assert sorted(tar.getnames()) == [f"results/VOC2012/Segmentation/comp6_test_cls/val_{i}.png" for i in (0, 1)]
+    archive.unlink()  # a list of which a mask is missing is not packed
+    (tmp_path / "runs" / "drawn" / "3_segment" / "masks" / "test" / "val_1.png").unlink()
+    line = script("eval.py", "--data", folder, "--runs", tmp_path / "runs", "--submit", ok=False)
+    assert "1 of 2 label PNGs missing, first val_1.png" in line and not archive.exists()
