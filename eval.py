@@ -1095,12 +1095,14 @@ def stop(message, status: int = 2):
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, or SIGTERM, which a scheduler sends before it kills; `signal` is its number.
 
-    The text is what the user is told.
+    goes_on: how the work can be taken up again, for the line that the user is told; who catches a
+    signal that says no more than "interrupted" and knows it, raises one that does.
     """
 
-    def __init__(self, number: int, text: str = "interrupted"):
-        super().__init__(text)
+    def __init__(self, number: int, goes_on: str = ""):
+        super().__init__(f"interrupted; {goes_on}" if goes_on else "interrupted")
         self.signal = number
+        self.says_more = bool(goes_on)
 
 
 def interrupt(number, frame):

@@ -1163,15 +1163,19 @@ def dense_crf(probs, image, gaussian=(3, 3), bilateral=(80, 13, 10), iterations=
     return Q.unflatten(0, (B, H * W)).transpose(1, 2).unflatten(2, (H, W))
 
 
+class WantOfMemory(MemoryError):
+    """Its text says what needs how much; torch's own errors only name the tensor that failed."""
+
+
 @contextlib.contextmanager
 def memory_for(what, size):
-    """Inside, a want of memory is a MemoryError of one line: what needs about how many bytes."""
+    """Inside, running out of memory raises WantOfMemory: `what` needs about `size` bytes."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise MemoryError(f"{what} needs about {size / 2 ** 30:.1f} GiB") from None
+        raise WantOfMemory(f"{what} needs about {size / 2 ** 30:.1f} GiB") from None
 
 
 # ======================================= III. engine room of all stages, to skip at a first reading
@@ -1342,8 +1346,8 @@ def work_on(folder: Path, args, machine):
         machine.wait()
         yield
     except Interrupted as error:
-        if str(error) == "interrupted":
-            error = Interrupted(error.signal, f"interrupted; {the_same_command(args)} goes on")
+        if not error.says_more:
+            error = Interrupted(error.signal, f"{the_same_command(args)} goes on")
         raise error from None
     finally:
         if lock is not None:
@@ -1423,7 +1427,7 @@ def clear_leftovers(folder: Path):
         shutil.rmtree(path)
 
 
-def set_aside(folder: Path):
+def delete_folder(folder: Path):
     """Delete a folder, which is gone at one stroke: cut off, no half of it passes for a whole."""
     if folder.exists():
         aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
@@ -1436,14 +1440,15 @@ def start_run(folder: Path, args, machine, digests: dict[str, str], mask_options
 
     digests: {what went in: its sha256}. mask_options: names of options that only change how masks
     are written from a finished model; stages 2 and 3 see to them. With --overwrite what is there is
-    deleted first; so is what a run has left that came to nothing.
+    deleted first. So is, without it, a folder that holds no checkpoint, seed or mask: a run has
+    left it that came to nothing.
     """
     options = {}
     for name, value in vars(args).items():
         options[name] = str(value) if isinstance(value, Path) else value
     refuse_own_input(folder, args)
     if machine.main and (args.overwrite or not holds_results(folder)):
-        set_aside(folder)
+        delete_folder(folder)
     machine.wait()
     before = read_args(folder)
     if before or has_begun(folder):
@@ -1588,8 +1593,8 @@ def check_finite(value: dict, step: int):
     """
     bad = not_finite(all_tensors(value))
     if bad:
-        raise ValueError(f"iteration {step - 1}: {first_names(bad)} became infinite or no number; "
-                         "nothing was saved since")
+        raise NotFinite(f"iteration {step - 1}: {first_names(bad)} became infinite or no number; "
+                        "nothing was saved since")
 
 
 def all_tensors(value: dict) -> dict[str, torch.Tensor]:
@@ -1916,8 +1921,7 @@ def photo_faults(image_id: str, image: np.ndarray, mend: str):
         if not is_out_of_memory(error):
             raise
         H, W = image.shape[:2]
-        # Only `memory_for` says what was wanted in words of ours.
-        wanted = f" ({error})" if str(error).startswith("a dense CRF") else ""
+        wanted = f" ({error})" if isinstance(error, WantOfMemory) else ""
         raise ValueError(f"{image_id}: out of memory for a photo of {W}x{H} pixels{wanted}; what "
                          f"helps: {mend}, or more memory") from None
 
@@ -1932,8 +1936,12 @@ def check_output(image_id: str, values):
                          "with a smaller --lr, with --overwrite, or leave --amp out")
 
 
+class NotFinite(ValueError):
+    """Training has made an infinity or a NaN; the text names the iteration."""
+
+
 def check_losses(recent: list):
-    """Raise ValueError that names the first iteration whose loss is infinite or no number.
+    """Raise NotFinite that names the first iteration whose loss is infinite or no number.
 
     recent: (iteration, loss, {name: term}) of each. They stay on the device till now: to look at a
     loss is to wait for it, and a GPU that is waited for in every iteration idles in between.
@@ -1942,7 +1950,7 @@ def check_losses(recent: list):
     for (step, _, terms), fine in zip(recent, sound):
         if not fine:
             values = {name: term.item() for name, term in terms.items()}
-            raise ValueError(f"iteration {step}: a loss is no number ({values})")
+            raise NotFinite(f"iteration {step}: a loss is no number ({values})")
 
 
 @contextlib.contextmanager
@@ -1959,7 +1967,7 @@ def training_faults(args, path: Path):
                              f"{args.crop} --accumulate {args.accumulate}: make the last "
                              "larger, or one of the others smaller; memory grows with the photos "
                              "shown at once and with the crop's square") from None
-        if not str(error).startswith("iteration "):
+        if not isinstance(error, NotFinite):
             raise
         kept = ", and deletes the last checkpoint" if path.is_file() else ""
         raise ValueError(f"{error}; try a smaller --lr, with --overwrite, which starts "
@@ -1968,9 +1976,9 @@ def training_faults(args, path: Path):
         if not isinstance(error, Interrupted):
             raise
         saved = read_checkpoint(path)["step"] if path.is_file() else 0
-        if str(error) == "interrupted":
-            error = Interrupted(error.signal, f"interrupted; {the_same_command(args)} goes on "
-                                              f"from iteration {saved}")
+        if not error.says_more:
+            again = the_same_command(args)
+            error = Interrupted(error.signal, f"{again} goes on from iteration {saved}")
         raise error from None
 
 
@@ -1982,7 +1990,7 @@ class Postponed:
     """
 
     def __init__(self, machine):
-        self.came = 0  # the signal's number
+        self.received = 0  # the signal's number
         self.active = machine.world == 1 and threading.current_thread() is threading.main_thread()
 
     def __enter__(self):
@@ -1995,15 +2003,15 @@ class Postponed:
 
     def note(self, number, frame):
         """The signals' handler."""
-        if self.came:
+        if self.received:
             raise Interrupted(number)
-        self.came = number
+        self.received = number
 
     def __exit__(self, kind, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.came and kind is None:  # after the last iteration
-            raise Interrupted(self.came)
+        if self.received and kind is None:  # after the last iteration
+            raise Interrupted(self.received)
 
 
 class Log:
@@ -2102,13 +2110,13 @@ def load_clip(name: str, seed: int, machine) -> tuple[clip.CLIP, str]:
     return model, digest
 
 
-def common_options(description: str, lr, batch_size, crop, recipe: dict[str, str]):
+def common_options(description: str, iters, lr, batch_size, crop: int):
     """The parser with the options that all stages have, and its group "method".
 
-    lr, batch_size and crop are defaults. recipe: {option: text} for a default that is filled in
-    later, and so is None here; --help prints the text.
+    iters, lr, batch_size, crop: defaults. A text instead of a number is what --help shows for a
+    default that depends on the data: it is None here, and filled in later.
     """
-    shown = {"lr": lr, "batch_size": batch_size, **recipe}
+    shown = {"iters": iters, "lr": lr, "batch_size": batch_size}
     parser = argparse.ArgumentParser(description=description)
     files = parser.add_argument_group("files")
     files.add_argument("--data", required=True, metavar="NAME|DIR",
@@ -2122,7 +2130,7 @@ def common_options(description: str, lr, batch_size, crop, recipe: dict[str, str
     method.add_argument("--iters", type=int, metavar="N",
                         help="iterations (optimizer steps); the rate falls to its end over all of "
                              f"them, so a run cannot be lengthened later [{shown['iters']}]")
-    method.add_argument("--batch-size", type=int, default=batch_size, metavar="N",
+    method.add_argument("--batch-size", type=int, metavar="N",
                         help="images an iteration, on all devices together; fewer need less memory "
                              f"and make noisier steps [{shown['batch_size']}]")
     method.add_argument("--accumulate", type=int, default=1, metavar="N",
@@ -2131,17 +2139,21 @@ def common_options(description: str, lr, batch_size, crop, recipe: dict[str, str
                              "BatchNorm sees a part, not the batch [%(default)s]")
     method.add_argument("--crop", type=int, default=crop, metavar="PIXELS",
                         help="side of the training crop, a multiple of 32; memory and time grow "
-                             "with its square, test sizes scale with it [%(default)s]")
-    method.add_argument("--lr", type=float, default=lr,
+                             "with its square; in stages 1 and 2 test sizes scale with it "
+                             "[%(default)s]")
+    method.add_argument("--lr", type=float,
                         help="base learning rate; too small hardly learns, too large ends in a "
-                             f"loss that is no number [{shown['lr']}]")
+                             f"loss of NaN [{shown['lr']}]")
     method.add_argument("--seed", type=int, default=0,
-                        help="of weights, order, augmentation and dropout: another one is another "
-                             "run of the same experiment [%(default)s]")
+                        help="random seed (not the seeds that stage 1 writes): what first weights, "
+                             "order, augmentation and dropout are drawn from; another one is "
+                             "another run of the same experiment [%(default)s]")
     method.add_argument("--limit", type=int, metavar="N",
                         help="use only the first N images of every list, for a quick try [all]")
     method.add_argument("--split", metavar="LIST",
                         help="training list [trainaug if there is one, else train]")
+    for name, value in shown.items():
+        parser.set_defaults(**{name: None if isinstance(value, str) else value})
     machine_options(parser)
     return parser, method
 
@@ -2222,10 +2234,9 @@ TRAINING_OPTIONS = ("iters", "batch_size", "crop", "lr", "arch", "weights")
 
 def parse_args(argv=None):
     """The options of stage 1."""
-    recipe = {"iters": "5 epochs; VOC's 10,582 images: 3,305",
-              "lr": "0.1; with --weights none 0.01"}
-    parser, method = common_options(__doc__.splitlines()[0], lr=None, batch_size=16, crop=512,
-                                    recipe=recipe)
+    parser, method = common_options(
+        __doc__.splitlines()[0], iters="5 epochs; VOC's 10,582 images: 3,305",
+        lr="0.1; with --weights none 0.01", batch_size=16, crop=512)
     backbone_options(method, "resnet50")
     method.add_argument("--method", choices=("classifier", "clip"), default="classifier",
                         help="classifier: train one on image labels and take its CAMs; clip: ask "

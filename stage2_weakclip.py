@@ -59,7 +59,7 @@ from stage1_cam import (CLIP_MEAN, CLIP_STD, DAMAGED, IMAGENET_MEAN, IMAGENET_ST
                         first_names, fit, is_finished, is_whole, load_checkpoint, load_clip,
                         load_trained, mark_finished, mark_unfinished, normalise, not_finite,
                         open_run, photo_faults, preview_ids, read_checkpoint, refuse_own_input,
-                        set_aside, set_provenance, start_run, truth_pictures, work_on,
+                        delete_folder, set_provenance, start_run, truth_pictures, work_on,
                         write_preview)
 
 # ===================================================================================== switches
@@ -125,8 +125,8 @@ def resize(x: Tensor, size, align_corners=False) -> Tensor:
 class GridNorm(nn.GroupNorm):
     """GroupNorm of a grid (B, C, h, w) whose channels lie side by side in memory, as tokens' do.
 
-    torch up to 2.8 breaks down on a CPU in its gradient for that layout where x has none, as below
-    the frozen CLIP. So it is computed in the other layout; the convolutions like this one better.
+    Only a way round a fault: with torch up to 2.8 the gradient of GroupNorm's weights crashes on a
+    CPU where x is laid out so and needs no gradient itself, as below the frozen CLIP.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,8 +158,9 @@ class Doubling(nn.ConvTranspose2d):
 
 
 class PyramidAdapter(nn.Module):
-    """Four grids of one stride, taken at four depths of CLIP and called levels[0] to levels[3] -> a
-    pyramid of strides 4, 8, 16 and 32; 7.1 M parameters.
+    """Four grids of stride 16 from four depths of CLIP -> a pyramid of strides 4, 8, 16 and 32.
+
+    7.1 M parameters. level1 makes stride 4 of the first grid, level4 stride 32 of the last.
 
     # PAPER pyramid adapter. Its operations are the released ones (12).
     """
@@ -182,36 +183,36 @@ class PyramidAdapter(nn.Module):
             GridNorm(1, width),
             nn.MaxPool2d(2))
 
-    def before_last(self, levels: list[Tensor]) -> list[Tensor]:
-        """The pyramid before the last convolutions: levels 1 and 2 at half their resolution.
+    def before_last(self, grids: list[Tensor]) -> list[Tensor]:
+        """The pyramid before its last convolutions: strides 4 and 8 at half their resolution.
 
         Split off so that the last convolutions can be merged with the decoder's first ones, see
-        `lateral_of_upsampled`. levels: four (B, C, h, w), the tokens after 1/3, 1/2, 2/3 and all of
+        `lateral_of_upsampled`. grids: four (B, C, h, w), the tokens after 1/3, 1/2, 2/3 and all of
         CLIP's blocks.
         """
         return [
-            self.level1[:-1](levels[0]),  # (B, C, 2h, 2w)
-            self.level2[:-1](levels[1]),  # (B, C, h, w)
-            self.level3(levels[2]),  # (B, C, h, w)
-            self.level4(levels[3])]  # (B, C, h // 2, w // 2)
+            self.level1[:-1](grids[0]),  # (B, C, 2h, 2w)
+            self.level2[:-1](grids[1]),  # (B, C, h, w)
+            self.level3(grids[2]),  # (B, C, h, w)
+            self.level4(grids[3])]  # (B, C, h // 2, w // 2)
 
-    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+    def forward(self, grids: list[Tensor]) -> list[Tensor]:
         """The pyramid: (B, C, 4h, 4w), (B, C, 2h, 2w), (B, C, h, w), (B, C, h // 2, w // 2).
 
-        levels as in `before_last`.
+        grids as in `before_last`.
         """
-        x = self.before_last(levels)
+        x = self.before_last(grids)
         return [self.level1[-1](x[0]), self.level2[-1](x[1]), x[2], x[3]]
 
 
-def resized_pyramid(levels: list[Tensor]) -> list[Tensor]:
+def resized_pyramid(grids: list[Tensor]) -> list[Tensor]:
     """The adapter's four strides without a parameter, for `--set adapter=false`."""
-    h, w = levels[0].shape[2:]
+    h, w = grids[0].shape[2:]
     return [
-        resize(levels[0], (4 * h, 4 * w)),  # (B, C, 4h, 4w)
-        resize(levels[1], (2 * h, 2 * w)),  # (B, C, 2h, 2w)
-        levels[2],  # (B, C, h, w)
-        F.max_pool2d(levels[3], 2)]  # (B, C, h // 2, w // 2)
+        resize(grids[0], (4 * h, 4 * w)),  # (B, C, 4h, 4w)
+        resize(grids[1], (2 * h, 2 * w)),  # (B, C, 2h, 2w)
+        grids[2],  # (B, C, h, w)
+        F.max_pool2d(grids[3], 2)]  # (B, C, h // 2, w // 2)
 
 
 # ============================================================================ learnable prompts
@@ -219,22 +220,23 @@ def resized_pyramid(levels: list[Tensor]) -> list[Tensor]:
 # it ("a photo of a {}"); here the words around the name are vectors that are trained with the rest.
 # They suit the task rather than the English language. The text encoder itself stays frozen: the
 # gradient passes through it to the vectors, 4,096 numbers in all. Here are only the names' token
-# ids; the vectors are `WeakCLIP.contexts`, put before the names in `WeakCLIP.encode_text`.
+# ids; the vectors are `WeakCLIP.contexts`, as the released code calls them, put before the names in
+# `WeakCLIP.encode_text`.
 
-def name_tokens(classes, context_length: int, prompts: int = 8) -> Tensor:
+def name_tokens(classes, context_length: int, contexts: int = 8) -> Tensor:
     """Token ids (K, L) int64 of the class names: [start, name, end, 0 ...].
 
     The names stand as in the dataset, without a template. L is that of the longest name: 5 for
     VOC and for COCO, instead of CLIP's 77. The text encoder's cost falls with it, and since its
     mask is causal, padding behind the end token changes nothing. Raises ValueError where name and
-    prompts together do not fit into `context_length`.
+    learned vectors (contexts) together do not fit into `context_length`.
     """
     tokens = clip.tokenize(list(classes))
     # The end token has the largest id, so argmax finds its place.
     L = int(tokens.argmax(1).max()) + 1
-    if L + prompts > context_length:
+    if L + contexts > context_length:
         raise ValueError(f"the longest class name has {L} tokens; "
-                         f"with {prompts} prompts CLIP's {context_length} are too few")
+                         f"with {contexts} prompts CLIP's {context_length} are too few")
     return tokens[:, :L]
 
 
@@ -313,7 +315,8 @@ class CoAttentionLayer(nn.Module):
 
 
 class CoAttention(nn.Module):
-    """What co-attention matching adds to the texts (B, K, D) and to the pixels (B, 1 + N, D).
+    """What co-attention matching adds to global and dense embeddings (B, 1 + N, D) and to the
+    texts (B, K, D).
 
     channels: D, of CLIP's embeddings; width, heads: inside the stacks, of `layers` layers each.
     chain: layer i feeds layer i + 1.
@@ -353,9 +356,9 @@ class CoAttention(nn.Module):
         return out
 
     def forward(self, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """What is to be added: to the texts (B, K, D), to the pixels (B, 1 + N, D).
+        """What is to be added: to visual (B, 1 + N, D), and to the texts (B, K, D).
 
-        visual (B, 1 + N, D): global and dense embeddings; text (B, K, D).
+        visual: global and dense embeddings.
         """
         visual = self.visual_in(visual)  # (B, 1 + N, width)
         text = self.text_in(text)  # (B, K, width)
@@ -363,7 +366,7 @@ class CoAttention(nn.Module):
         # other, and what one side has already concluded does not come back to it as evidence (9).
         text_diff = self.text_out(self.stack(self.text_layers, text, visual))  # (B, K, D)
         visual_diff = self.visual_out(self.stack(self.visual_layers, visual, text))  # (B, 1+N, D)
-        return text_diff, visual_diff
+        return visual_diff, text_diff
 
 
 # ========================================================================== text-guided decoder
@@ -396,7 +399,7 @@ class TextGuidedDecoder(nn.Module):
     # PAPER text guidance on every level.
     """
 
-    def __init__(self, channels: int, fpn_channels: int, head_channels: int, classes: int):
+    def __init__(self, channels: int, fpn_channels: int, head_channels: int, n_classes: int):
         super().__init__()
         self.lateral = nn.ModuleList()
         for _ in range(4):
@@ -423,7 +426,7 @@ class TextGuidedDecoder(nn.Module):
                     nn.init.zeros_(module.bias)
         self.drop = nn.Dropout2d(0.1)
         # The last convolution keeps torch's default initialisation (4).
-        self.classify = nn.Conv2d(head_channels, classes, 1)
+        self.classify = nn.Conv2d(head_channels, n_classes, 1)
 
     def laterals(self, pyramid: list[Tensor]) -> list[Tensor]:
         """Four (B, fpn_channels, ., .): the same channels for all levels, so that they add up.
@@ -477,7 +480,7 @@ def lateral_of_upsampled(lateral: nn.Conv2d, up: Doubling, x: Tensor,
     x (B, C, h, w), what enters it; score (B, K, ., .), or None without text guidance.
 
     Between the two nothing bends, so together they are one linear map, and its weight is their
-    product. That takes a third of the multiplications, and C channels at stride 4, the largest
+    product. That leaves a third of the multiplications, and C channels at stride 4, the largest
     map of all, never exist. Values and gradients of both weights are the same but for rounding.
     """
     C = up.out_channels
@@ -542,7 +545,7 @@ class WeakCLIP(nn.Module):
             self.adapter = PyramidAdapter(width)
         if switches.prompts:
             # PAPER learnable prompts. One set serves all classes, as the sentence around a name
-            # would; 8 vectors of standard deviation 1 are the released constants (7).
+            # would; 8 vectors of standard deviation 1 before truncation are as released (7).
             text_width = clip_model.token_embedding.weight.shape[1]
             start = torch.empty(1, contexts, text_width)
             self.contexts = nn.Parameter(nn.init.trunc_normal_(start))
@@ -551,8 +554,8 @@ class WeakCLIP(nn.Module):
             heads = coattention_heads or max(1, coattention_width // 64)
             self.coattention = CoAttention(
                 channels, coattention_width, heads, switches.chain_coattention)
-            # How much is added per channel: gamma to the texts, beta to the pixels. At 0.1 the
-            # first score map is nearly CLIP's.
+            # How much is added per channel: gamma to the texts, beta to the pixels. At 0.1
+            # co-attention changes little at first.
             self.gamma = nn.Parameter(0.1 * torch.ones(channels))
             self.beta = nn.Parameter(0.1 * torch.ones(channels))
         level_channels = width + K if switches.text_guidance else width
@@ -604,11 +607,11 @@ class WeakCLIP(nn.Module):
                 x = self.run_block(block, x, depth=i / max(1, len(blocks) - 1))
                 after[i + 1] = x
             # Token 0 is the class token. It belongs to no place, so the grids leave it out.
-            levels = [to_grid(after[tap][:, 1:], h, w) for tap in taps]  # four (B, C, h, w)
+            grids = [to_grid(after[tap][:, 1:], h, w) for tap in taps]  # four (B, C, h, w)
             # CLIP projects its class token only. The same projection of every other token gives
             # each place a feature that can be compared with texts.
             embedded = visual.ln_post(x) @ visual.proj  # (B, 1 + h*w, D)
-            return levels, embedded[:, 0], to_grid(embedded[:, 1:], h, w)
+            return grids, embedded[:, 0], to_grid(embedded[:, 1:], h, w)
 
     def image_positions(self, h: int, w: int) -> Tensor:
         """CLIP's table of positions for a grid of h x w tokens: (1 + h*w, C)."""
@@ -662,7 +665,7 @@ class WeakCLIP(nn.Module):
         visual = torch.cat([global_[:, None], pixels], 1)  # (B, 1 + h*w, D)
         text = text.expand(len(visual), -1, -1)  # (B, K, D)
         if self.switches.coattention:
-            text_diff, visual_diff = self.coattention(visual, text)
+            visual_diff, text_diff = self.coattention(visual, text)
             text = text + self.gamma * text_diff
             visual = visual + self.beta * visual_diff
         # The score map. CLIP was trained to compare directions, not lengths, so both sides come to
@@ -680,13 +683,13 @@ class WeakCLIP(nn.Module):
             joined.append(torch.cat([level, resized_score(score, level.shape[2:])], 1))
         return joined
 
-    def adapted_laterals(self, levels: list[Tensor], score: Tensor) -> list[Tensor]:
-        """decoder.laterals(join_score_map(adapter(levels), score)): four (B, fpn_channels, ., .).
+    def adapted_laterals(self, grids: list[Tensor], score: Tensor) -> list[Tensor]:
+        """decoder.laterals(join_score_map(adapter(grids), score)): four (B, fpn_channels, ., .).
 
-        Computed in fewer steps on the two fine levels: see `lateral_of_upsampled`.
+        Computed in fewer steps at strides 4 and 8: see `lateral_of_upsampled`.
         """
         adapter, lateral = self.adapter, self.decoder.lateral
-        x = adapter.before_last(levels)
+        x = adapter.before_last(grids)
         x3, x4 = self.join_score_map(x[2:], score)
         guide = score if self.switches.text_guidance else None
         return [
@@ -701,14 +704,16 @@ class WeakCLIP(nn.Module):
         image (B, 3, H, W) normalised; h = H // 16. text (K, D) from `encode_text`, to compute it
         once for many images. Raises ValueError for an image under 32 pixels.
         """
-        levels, global_, dense = self.encode_image(image)
+        grids, global_, dense = self.encode_image(image)
         if text is None:
             text = self.encode_text()
         score = self.match(global_, dense, text)
         if self.switches.adapter:
-            laterals = self.adapted_laterals(levels, score)
+            # As below, with pyramid = self.join_score_map(self.adapter(grids), score), but for
+            # the largest maps, which are never made.
+            laterals = self.adapted_laterals(grids, score)
         else:
-            pyramid = self.join_score_map(resized_pyramid(levels), score)
+            pyramid = self.join_score_map(resized_pyramid(grids), score)
             laterals = self.decoder.laterals(pyramid)
         return self.decoder(laterals), score
 
@@ -1343,16 +1348,16 @@ def mask_photos(predict, args, iters, digest: str, folder: Path, machine: Machin
         read(name)  # for its error alone; the photos are not kept
 
     out = folder / "images" / args.images.resolve().name
-    facts = mask_facts(args, iters)
-    facts["checkpoint"] = digest
-    facts["photos"] = str(args.images.resolve())
+    record = mask_provenance(args, iters)
+    record["checkpoint"] = digest
+    record["photos"] = str(args.images.resolve())
     refuse_own_input(out, args)
     with work_on(out, args, machine):
         if machine.main:
             for_each(check, list(paths), "checking photos")
-            if read_args(out) != facts:
-                set_aside(out)
-                write_json(out / "args.json", facts)
+            if read_args(out) != record:
+                delete_folder(out)
+                write_json(out / "args.json", record)
         machine.wait()
         write_masks(predict, list(paths), read, out, machine, crf,
                     probs_folder=out / "probs" if args.save_probs else None)
@@ -1365,26 +1370,26 @@ def mask_photos(predict, args, iters, digest: str, folder: Path, machine: Machin
             print(f"{out}: {len(paths)} masks (.png), and pictures to look at (.jpg)")
 
 
-def mask_facts(args, iters) -> dict:
+def mask_provenance(args, iters) -> dict:
     """Provenance of masks: what changes them, and what eval.py prints beside their score."""
     return {"iters": iters, "scales": list(args.scales), "flip": not args.no_flip,
             "crf": not args.no_crf, "label_filter": args.label_filter,
             "save_probs": args.save_probs}
 
 
-def masks_are_current(folder: Path, facts: dict, lists) -> bool:
-    """Whether the folder is finished, its masks made as `facts` says, and none missing or cut.
+def masks_are_current(folder: Path, provenance: dict, lists) -> bool:
+    """Whether the folder is finished, its masks made as `provenance` says, and none missing or cut.
 
     lists: {split: ids} of the masks that are wanted.
     """
     files = []
     for split, ids in lists.items():
-        probs_folder = folder / "probs" / split if facts["save_probs"] else None
+        probs_folder = folder / "probs" / split if provenance["save_probs"] else None
         files += mask_files(folder / "masks" / split, ids, probs_folder)
-    return read_args(folder).get("provenance") == facts and is_finished(folder, files)
+    return read_args(folder).get("provenance") == provenance and is_finished(folder, files)
 
 
-def open_masks(folder: Path, facts: dict, args, machine: Machine):
+def open_masks(folder: Path, provenance: dict, args, machine: Machine):
     """Before masks are written: drop what other options left, and note how they are made now.
 
     In this order a run may be cut off anywhere: first args.json's "finished" goes, then the old
@@ -1393,12 +1398,12 @@ def open_masks(folder: Path, facts: dict, args, machine: Machine):
     """
     if machine.main:
         mark_unfinished(folder)
-        if read_args(folder).get("provenance") != facts:
-            set_aside(folder / "masks")
-            set_aside(folder / "probs")
+        if read_args(folder).get("provenance") != provenance:
+            delete_folder(folder / "masks")
+            delete_folder(folder / "probs")
             (folder / "preview.png").unlink(missing_ok=True)
             options = {name: getattr(args, name) for name in MASK_OPTIONS}
-            set_provenance(folder, facts, options)
+            set_provenance(folder, provenance, options)
     machine.wait()
 
 
@@ -1409,14 +1414,17 @@ def positive(text: str) -> float:
     return float(text)
 
 
-def mask_options(parser, scales: list[float]):
-    """Add the options that change masks but not the model, for stages 2 and 3."""
+def mask_options(parser, scales: list[float], size: str):
+    """Add the options that change masks but not the model, for stages 2 and 3.
+
+    size: what scale 1 is, for --help.
+    """
     masks = parser.add_argument_group(
         "masks (a finished model rewrites them; nothing is trained again)")
     masks.add_argument(
         "--scales", type=positive, nargs="+", default=scales, metavar="SCALE",
-        help="sizes at which a photo is looked at, as multiples of the test size; each takes its "
-             f"own pass, large ones see small objects [{' '.join(map(str, scales))}]")
+        help=f"sizes at which a photo is looked at, as multiples of {size}; each takes its own "
+             f"pass, large ones see small objects [{' '.join(map(str, scales))}]")
     masks.add_argument(
         "--no-flip", action="store_true",
         help="leave out the mirror images: half the passes")
@@ -1542,7 +1550,7 @@ def open_released(path: Path, saved: dict, args, classes=None):
     switches = choose_switches("released", args.set)
     try:
         context_length = len(state["text_encoder.positional_embedding"])
-        tokens = name_tokens(names, context_length, prompts=state["contexts"].shape[1])
+        tokens = name_tokens(names, context_length, contexts=state["contexts"].shape[1])
         model = from_released(state, tokens, switches)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -1692,9 +1700,8 @@ def with_settings(switches: Switches, settings: list[str]) -> Switches:
 def parse_args(argv=None):
     """The command line's options; argv None for the real one."""
     description = __doc__.splitlines()[0]
-    recipe = {"iters": "20,000; COCO2014: 40,000", "batch_size": "16; COCO2014: 24"}
-    parser, method = common_options(description, lr=1e-4, batch_size=None, crop=512,
-                                    recipe=recipe)
+    parser, method = common_options(description, iters="20,000; COCO2014: 40,000", lr=1e-4,
+                                    batch_size="16; COCO2014: 24", crop=512)
     method.add_argument(
         "--clip", default="ViT-B/16", metavar="NAME|PATH|random",
         help="the frozen model: a name (downloaded), or a file, of patch 16; random, an untrained "
@@ -1715,7 +1722,7 @@ def parse_args(argv=None):
         "--checkpoint", type=Path, metavar="FILE",
         help="train nothing, make masks with this checkpoint, ours (as it was trained, whatever "
              "--variant is) or a released one")
-    mask_options(parser, [0.5, 0.75, 1.0, 1.25, 1.5, 1.75])
+    mask_options(parser, [0.5, 0.75, 1.0, 1.25, 1.5, 1.75], "a short side of --crop pixels")
     return parser.parse_args(argv)
 
 
@@ -1790,14 +1797,14 @@ def main():
         model, facts = new_network(args, data, switches, machine)
         outputs = None
         inputs = {"clip": facts["clip"], "seeds": folder_digest(args.seeds, training_list)}
-    made = mask_facts(args, args.iters)
+    wanted = mask_provenance(args, args.iters)
     with work_on(folder, args, machine):
         # Refuses to go on with what other options, lists, seeds or another CLIP began.
         start_run(folder, args, machine, {**data.digests(*lists), **inputs}, MASK_OPTIONS)
-        if masks_are_current(folder, made, lists):
+        if masks_are_current(folder, wanted, lists):
             print(f"{folder}: finished; --overwrite starts afresh")
             return
-        open_masks(folder, made, args, machine)
+        open_masks(folder, wanted, args, machine)
         if not args.checkpoint:
             # Returns at once where the checkpoint is of the last iteration already.
             train(model.to(machine.device), facts, data, learned, args, machine, folder)

@@ -34,12 +34,10 @@ from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, 
                         mark_finished, normalise, open_run, poly, preview_ids, random_window,
                         read_checkpoint, resnet, start_run, truth_pictures, weights_digest, work_on,
                         write_preview)
-from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_facts, mask_options,
+from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_provenance, mask_options,
                              mask_photos, masks_are_current, mean_cross_entropy, open_masks, resize,
                              resize_image, write_all_masks)
 
-# The released recipe (DeepLabV1's) where it fits: crop, scales, SGD and its rate for 16 images.
-RECIPE = {"iters": 20_000, "lr": 5e-3}  # GUESS half of the released iterations
 # Of the CRF at test: (Gaussian sxy, weight), (bilateral sxy, srgb, weight), as released; stage 2's
 # masks have other constants.
 SEGMENT_CRF = {"VOC2012": ((1, 3), (112, 2, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
@@ -196,9 +194,9 @@ def predictor(model: DeepLab, args, machine: Machine):
 def parse_args(argv=None):
     """The command line's options; argv None for the real one."""
     description = __doc__.splitlines()[0]
-    parser, method = common_options(description, RECIPE["lr"], batch_size=16, crop=448,
-                                    recipe=RECIPE)
-    parser.set_defaults(**RECIPE)
+    # The released recipe (DeepLabV1's) where it fits: crop, scales, SGD and its rate for 16 images.
+    # GUESS half of the released iterations
+    parser, method = common_options(description, iters=20_000, lr=5e-3, batch_size=16, crop=448)
     backbone_options(method, "resnet101")
     method.add_argument(
         "--masks", type=Path, metavar="DIR",
@@ -208,7 +206,7 @@ def parse_args(argv=None):
         "--predict", default="val", metavar="LIST,LIST",
         help="lists whose masks are written; a finished run predicts further ones without "
              "training again [%(default)s]")
-    mask_options(parser, [0.5, 0.75, 1.0, 1.25, 1.5])
+    mask_options(parser, [0.5, 0.75, 1.0, 1.25, 1.5], "the photo's own size")
     return parser.parse_args(argv)
 
 
@@ -275,17 +273,17 @@ def main():
     data, machine, ids, lists = prepare(args)
     folder = args.runs / data.name / "3_segment"
     inputs = {"masks": folder_digest(args.masks, ids), "weights": weights_digest(args.weights)}
-    made = mask_facts(args, args.iters)
+    wanted = mask_provenance(args, args.iters)
     with work_on(folder, args, machine):
         # Which lists are predicted changes nothing in the model: a finished run predicts others.
         start_run(folder, args, machine, {**data.digests(args.split), **inputs},
                   (*MASK_OPTIONS, "predict"))
-        if masks_are_current(folder, made, lists):
+        if masks_are_current(folder, wanted, lists):
             print(f"{folder}: finished; --overwrite starts afresh")
             return
         # What exists is done: where only masks are missing, `train` returns at once, and masks of
         # lists that are there already stay.
-        open_masks(folder, made, args, machine)
+        open_masks(folder, wanted, args, machine)
         torch.manual_seed(args.seed)
         model = DeepLab(args.arch, args.weights, len(data.classes)).to(machine.device)
         train(model, data, ids, args, machine, folder)

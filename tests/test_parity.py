@@ -108,7 +108,7 @@ def forward(path):
     pyramid = model.adapter(levels)
     visual = torch.cat([out["global_embedding"][:, None], out["dense_embedding"].flatten(2).transpose(1, 2)], 1)
     out["visual_context_in"] = visual
-    out["text_diff"], out["visual_diff"] = model.coattention(visual, text.expand(len(visual), -1, -1))
+    out["visual_diff"], out["text_diff"] = model.coattention(visual, text.expand(len(visual), -1, -1))
     out["text_embeddings_final"] = text + model.gamma * out["text_diff"]
     out["score_map"] = model.match(out["global_embedding"], out["dense_embedding"], text)
     joined = model.join_score_map(pyramid, out["score_map"])
