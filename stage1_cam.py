@@ -1874,8 +1874,8 @@ def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, f
             optimizer.step()
             recent.append((step, loss, terms))
             last = step + 1 == args.iters
-            came = signals.came  # asked once: what comes later waits for the next iteration
-            save = last or came or (step + 1) % SAVE_EVERY == 0
+            received = signals.received  # asked once: what comes later waits for the next iteration
+            save = last or received or (step + 1) % SAVE_EVERY == 0
             if save or step % LOG_EVERY == 0:
                 check_losses(recent)
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
@@ -1885,8 +1885,8 @@ def fit(model, dataset, optimizer, losses, rate, args, machine, folder, facts, f
                 log(step, optimizer.param_groups[0]["lr"], loss, terms)
             if machine.main and save:
                 save_checkpoint(path, model, optimizer, step + 1, facts, frozen)
-            if came:
-                raise Interrupted(came)
+            if received:
+                raise Interrupted(received)
     machine.share_buffers(model)
 
 
