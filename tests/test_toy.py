@@ -2,6 +2,7 @@
 import dataclasses
 import hashlib
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch
 from PIL import Image
 
 import clip
+import stage1_cam as stage1
+import stage2_weakclip as stage2
+import stage3_segment as stage3
 import toy
 import toy_world
 from conftest import ROOT, read_json
 from eval import find_dataset, read_label
-from stage2_weakclip import RELEASED, choose_switches
 
 
 def digests(folder):
@@ -84,8 +87,8 @@ def test_a_damaged_clip_is_refused(tmp_path, monkeypatch):
 
 def test_ablations_name_every_switch_of_the_released_code():
     for name, options in toy.entries().items():
-        choose_switches("paper", [o for o in options if "=" in o])  # every field and value exists
-    released = {f.name for f in dataclasses.fields(RELEASED) if getattr(RELEASED, f.name) != getattr(toy.PAPER, f.name)}
+        stage2.choose_switches("paper", [o for o in options if "=" in o])  # every field and value exists
+    released = {f.name for f in dataclasses.fields(stage2.RELEASED) if getattr(stage2.RELEASED, f.name) != getattr(toy.PAPER, f.name)}
     named = {n.split("=")[0] for n in toy.entries()}
     parts = {"prompts", "adapter", "coattention", "text_guidance", "boundary_weight", "score_weight"}
     assert released | parts == (named | toy.NO_EFFECT.keys()) - {"paper", "released"} and not named & toy.NO_EFFECT.keys()
@@ -145,6 +148,22 @@ def test_a_failed_ablation_stops_the_others(tmp_path, monkeypatch):
 def test_exercises_start_from_the_settings_of_the_chain():
     command = " ".join((ROOT / "tests/EXERCISES.md").read_text().replace("\\\n", " ").split())
     assert " ".join([*toy.FULL["stage 2"], *toy.VIEWS]) in command
+
+
+def test_the_chain_from_clip_is_three_stages_in_a_folder_of_their_own(tmp_path, monkeypatch):
+    """What the reduced run leaves out, for its time: the commands, as the stages read them."""
+    ran, scored = [], []
+    monkeypatch.setattr(toy, "stage", lambda script, *options: ran.append((script, list(map(str, options)))))
+    rows = SimpleNamespace(machine=["--device", "cpu"], missing=lambda name: True, add=lambda *given: scored.append(given))
+    data, own = tmp_path / "data" / "toy0", tmp_path / "toy0" / "from_clip"
+    toy.chain_from_clip(data, tmp_path, tmp_path / "clip.pt", toy.SMALL, rows)
+    read = {"stage1_cam.py": stage1.parse_args, "stage2_weakclip.py": stage2.parse_args, "stage3_segment.py": stage3.parse_args}
+    assert [script for script, _ in ran] == list(read)
+    args = [read[script](options) for script, options in ran]
+    assert {a.runs for a in args} == {own} and args[0].method == "clip" and args[0].clip == args[1].clip
+    assert args[1].label_filter and args[2].weights == str(tmp_path / "toy0" / "resnet18.pt")
+    folders = [own / "toy0" / folder for folder in ("1_cam/seeds", "2_weakclip/masks/train", "3_segment/masks/val")]
+    assert [(given[2], given[3]) for given in scored] == list(zip(folders, ("train", "train", "val")))
 
 
 def test_the_stages_do_not_know_the_toy():
