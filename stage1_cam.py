@@ -1972,6 +1972,11 @@ def training_faults(args, path: Path):
         kept = ", and deletes the last checkpoint" if path.is_file() else ""
         raise ValueError(f"{error}; try a smaller --lr, with --overwrite, which starts "
                          f"afresh{kept}") from None
+    except (ConnectionError, FileNotFoundError, EOFError) as error:
+        if getattr(error, "filename", None):
+            raise
+        # a tensor was being sent by a process that is no more; else torch would say it like this
+        raise RuntimeError("DataLoader worker was killed") from None
     except KeyboardInterrupt as error:
         if not isinstance(error, Interrupted):
             raise

@@ -441,6 +441,20 @@ def test_an_error_of_a_process_that_loads_is_its_own_line(tmp_path, capsys):
         assert said_of(capsys, lambda: fit(tmp_path, square, Samples(fault), workers)) == str(fault)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError(),
+                                   FileNotFoundError(2, "No such file or directory")])
+def test_a_connection_to_a_killed_process_that_loads_is_one_line(error, tmp_path, capsys):
+    """It depends on the instant of its death which of these reaches the first process."""
+    def losses(model, x):
+        raise error
+    assert "--workers 0" in said_of(capsys, lambda: fit(tmp_path, losses))
+
+
+def test_a_photo_that_is_gone_is_named(tmp_path, capsys):
+    fault = FileNotFoundError(2, "No such file or directory", "beach.jpg")
+    assert "beach.jpg: No such file" in said_of(capsys, lambda: fit(tmp_path, square, Samples(fault)))
+
+
 class Dying(Samples):
     """The process that loads the sixth is killed, as the system does where memory is short."""
 
