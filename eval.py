@@ -2303,14 +2303,15 @@ def overlay(photo: np.ndarray, label: np.ndarray, classes, side: int) -> np.ndar
     sheet = Image.fromarray(mixed.astype(np.uint8))
     boxes = []
     for k in np.unique(label[(label > 0) & (label != IGNORE)]):
-        write_name(sheet, classes[k], np.argwhere(label == k), boxes)
+        write_name(sheet, classes[k], colour_map()[k], np.argwhere(label == k), boxes)
     return np.asarray(sheet)
 
 
-def write_name(sheet: Image.Image, name: str, pixels: np.ndarray, boxes: list[tuple]):
-    """Draw a name on a picture, at the middle of the pixels (n, 2) (row, column); in place.
+def write_name(sheet: Image.Image, name: str, colour, pixels: np.ndarray, boxes: list[tuple]):
+    """Draw a name, with its colour under it, on a picture; in place.
 
-    boxes: (left, top, right, bottom) of the names that are there already; this one's is added.
+    pixels: (n, 2) (row, column) of its class, amid which it stands; boxes: (left, top, right,
+    bottom) of the names that are there already; this one's is added.
     """
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(max(10, max(sheet.size) // 18))
@@ -2337,6 +2338,8 @@ def write_name(sheet: Image.Image, name: str, pixels: np.ndarray, boxes: list[tu
     y = rows[np.abs(rows - row).argmin()]
     boxes.append((x + left, y + top, x + right, y + bottom))
     draw.text((x, y), name, (255, 255, 255), stroke_fill=0, **style)
+    line = x + left, y + bottom, x + right, y + bottom
+    draw.line(line, tuple(map(int, colour)), max(sheet.size) // 120)
 
 
 def image_tag(picture, alt: str, classes=()) -> str:

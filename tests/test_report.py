@@ -139,8 +139,9 @@ def drawn_boxes(monkeypatch, *given):
     seen = []
     write_name = evaluation.write_name
 
-    def watched(sheet, name, pixels, boxes):
-        write_name(sheet, name, pixels, boxes)
+    def watched(*given):
+        write_name(*given)
+        boxes = given[-1]
         seen.append(boxes[-1])
     monkeypatch.setattr(evaluation, "write_name", watched)
     return evaluation.overlay(*given), seen
