@@ -59,7 +59,7 @@ from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, VOC_CLASSES, check_inputs, d
                   folder_digest, for_each, label_path, overlay, photo_files, read_args,
                   read_image, read_label, run, write_json, write_label, write_whole)
 from stage1_cam import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Machine, common_options,
-                        crop_or_pad, dense_crf, fit, is_finished, is_whole, load_clip,
+                        conv_layout, crop_or_pad, dense_crf, fit, is_finished, is_whole, load_clip,
                         load_trained, mark_finished, mark_unfinished, normalise, open_run,
                         photo_faults, preview_ids, read_checkpoint, set_aside, set_provenance,
                         start_run, truth_pictures, work_on, write_preview)
@@ -492,12 +492,7 @@ class TextGuidedDecoder(nn.Module):
 
     def forward(self, laterals: list[Tensor]) -> Tensor:
         """Logits (B, K, H/4, W/4), from what `laterals` or `WeakCLIP.adapted_laterals` returns."""
-        # Convolutions in bfloat16 work on channels-last memory and copy what comes in another
-        # layout. In float32 they do not, and there the gradients behind BatchNorm would round 2 to
-        # 4 times as much in it.
-        bf16 = laterals[0].dtype == torch.bfloat16
-        layout = torch.channels_last if bf16 else torch.contiguous_format
-        laterals = [level.contiguous(memory_format=layout) for level in laterals]
+        laterals = [conv_layout(level) for level in laterals]
         features = self.head(self.neck(laterals))  # (B, head_channels, H/4, W/4)
         return self.classify(self.drop(features))
 
