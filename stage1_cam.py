@@ -115,7 +115,8 @@ class Classifier(nn.Module):
 
         image (B, 3, H, W), normalised; h = H/16, w = W/16. Class k of the dataset is channel k-1.
         """
-        x = self.stem(image)       # (B, 64, H/4, W/4)
+        x = conv_layout(image)
+        x = self.stem(x)           # (B, 64, H/4, W/4)
         x = self.layer1(x)         # (B, C1, H/4, W/4)
         x = self.layer2(x)         # (B, C2, H/8, W/8)
         x = self.layer3(x)         # (B, C3, h, w)
@@ -283,6 +284,17 @@ def resnet(arch: str, weights: str, dilations: tuple[int | None, int | None]) ->
         if dilation is not None:
             dilate(layer, dilation)
     return net
+
+
+def conv_layout(x: torch.Tensor) -> torch.Tensor:
+    """x (B, C, H, W) in the memory layout that the convolutions behind it are quickest in.
+
+    In bfloat16 (--amp) they work on channels-last memory, and copy what comes in another layout
+    layer by layer. In float32 they gain nothing from it, and gradients behind BatchNorm would round
+    2 to 4 times as much.
+    """
+    bf16 = torch.is_autocast_enabled(x.device.type)
+    return x.contiguous(memory_format=torch.channels_last if bf16 else torch.contiguous_format)
 
 
 def imagenet_file(arch: str) -> Path:

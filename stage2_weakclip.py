@@ -55,12 +55,13 @@ from tqdm import tqdm
 
 import clip
 from stage1_cam import (CLIP_MEAN, CLIP_STD, DAMAGED, IMAGENET_MEAN, IMAGENET_STD, Machine,
-                        check_output, check_unchanged, common_options, crop_or_pad, dense_crf,
-                        first_names, fit, is_finished, is_whole, load_checkpoint, load_clip,
-                        load_trained, mark_finished, mark_unfinished, normalise, not_finite,
-                        open_run, photo_faults, preview_ids, read_checkpoint, refuse_own_input,
-                        delete_folder, set_provenance, start_run, truth_pictures, work_on,
-                        write_preview)
+                        check_output, check_unchanged, common_options, conv_layout, crop_or_pad,
+                        delete_folder, dense_crf, first_names, fit, is_finished, is_whole,
+                        load_checkpoint, load_clip, load_trained, mark_finished, mark_unfinished,
+                        normalise, not_finite, open_run, photo_faults, preview_ids,
+                        read_checkpoint, refuse_own_input, set_provenance, start_run,
+                        truth_pictures, work_on, write_preview)
+
 
 # ===================================================================================== switches
 
@@ -456,12 +457,7 @@ class TextGuidedDecoder(nn.Module):
 
     def forward(self, laterals: list[Tensor]) -> Tensor:
         """Logits (B, K, H/4, W/4), from what `laterals` or `WeakCLIP.adapted_laterals` returns."""
-        # Convolutions in bfloat16 work on channels-last memory and copy what comes in another
-        # layout. In float32 they do not, and there the gradients behind BatchNorm would round 2 to
-        # 4 times as much in it.
-        bf16 = laterals[0].dtype == torch.bfloat16
-        layout = torch.channels_last if bf16 else torch.contiguous_format
-        laterals = [level.contiguous(memory_format=layout) for level in laterals]
+        laterals = [conv_layout(level) for level in laterals]
         features = self.head(self.neck(laterals))  # (B, head_channels, H/4, W/4)
         return self.classify(self.drop(features))
 

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 import clip
 from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, check_unchanged,
-                        common_options, crop_or_pad, fit, fix_batchnorm, load_checkpoint,
-                        mark_finished, normalise, open_run, poly, preview_ids, random_window,
-                        read_checkpoint, resnet, start_run, truth_pictures, weights_digest, work_on,
-                        write_preview)
+                        common_options, conv_layout, crop_or_pad, fit, fix_batchnorm,
+                        load_checkpoint, mark_finished, normalise, open_run, poly, preview_ids,
+                        random_window, read_checkpoint, resnet, start_run, truth_pictures,
+                        weights_digest, work_on, write_preview)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_provenance, mask_options,
                              mask_photos, masks_are_current, mean_cross_entropy, open_masks, resize,
                              resize_image, write_all_masks)
@@ -81,7 +81,7 @@ class DeepLab(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, K, H/8, W/8) of normalised images (B, 3, H, W)."""
-        x = self.backbone(image)  # (B, C, H/8, W/8)
+        x = self.backbone(conv_layout(image))  # (B, C, H/8, W/8)
         return sum(conv(x) for conv in self.classifier)  # (B, K, H/8, W/8)
 
 
