@@ -521,8 +521,9 @@ def test_every_switch_does_something(field):
     base = stage2.PAPER
     value = getattr(stage2.RELEASED, field)
     if value == getattr(base, field):
-        # an eighth: half the CRF's bandwidth is lost in the rounding of the loss on some machines
-        value = (not value) if isinstance(value, bool) else value / 8
+        # half the CRF's bandwidth, wider than the image all the same, is lost in the loss's rounding on some machines
+        part = 8 if field == "loss_crf_sxy" else 2
+        value = (not value) if isinstance(value, bool) else value / part
     other = dataclasses.replace(base, **{field: value})
 
     def fingerprint(switches):
