@@ -2135,14 +2135,7 @@ def common_options(description: str, iters, lr, batch_size, crop: int):
     """
     shown = {"iters": iters, "lr": lr, "batch_size": batch_size}
     parser = argparse.ArgumentParser(description=description)
-    files = parser.add_argument_group("files")
-    files.add_argument("--data", required=True, metavar="NAME|DIR",
-                       help="dataset folder in VOC's layout (README, Data)")
-    files.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR",
-                       help="gets a folder per dataset, with one per stage in it [%(default)s]")
-    files.add_argument("--overwrite", action="store_true",
-                       help="delete this stage's folder and start afresh; else the run goes on "
-                            "where it stopped")
+    file_options(parser)
     method = parser.add_argument_group("method (changes results; defaults are the recipe)")
     method.add_argument("--iters", type=int, metavar="N",
                         help="iterations (optimizer steps); the rate falls to its end over all of "
@@ -2173,6 +2166,18 @@ def common_options(description: str, iters, lr, batch_size, crop: int):
         parser.set_defaults(**{name: None if isinstance(value, str) else value})
     machine_options(parser)
     return parser, method
+
+
+def file_options(parser):
+    """Add the options that say where things are."""
+    files = parser.add_argument_group("files")
+    files.add_argument("--data", required=True, metavar="NAME|DIR",
+                       help="dataset folder in VOC's layout (README, Data)")
+    files.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR",
+                       help="gets a folder per dataset, with one per stage in it [%(default)s]")
+    files.add_argument("--overwrite", action="store_true",
+                       help="delete this stage's folder and start afresh; else the run goes on "
+                            "where it stopped")
 
 
 def machine_options(parser):
