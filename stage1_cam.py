@@ -276,7 +276,7 @@ def resnet(arch: str, weights: str, dilations: tuple[int | None, int | None]) ->
         state = clip.read_state_dict(weights)
         backbone = {name: value for name, value in state.items() if not name.startswith("fc.")}
         try:
-            load_trained(net, backbone, frozen=("fc.",))
+            load_trained(net, backbone, may_lack=("fc.",))
         except ValueError as error:
             reason = f"not the weights of a {arch} ({error})"
             raise ValueError(f"--weights {weights}: {reason}") from None
@@ -1709,8 +1709,8 @@ def number_fault(saved: dict) -> str | None:
     return f"{first_names(bad)} infinite or no number" if bad else None
 
 
-def load_trained(model, state: dict, frozen=()):
-    """load_state_dict that lets nothing be missing but what starts with a prefix in `frozen`.
+def load_trained(model, state: dict, may_lack=()):
+    """load_state_dict that lets nothing be missing but what starts with a prefix in `may_lack`.
 
     Raises ValueError naming the keys: a network that is half loaded works, and is wrong.
     """
@@ -1723,16 +1723,16 @@ def load_trained(model, state: dict, frozen=()):
     except RuntimeError as error:  # a shape
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"does not fit: {reason}") from None
-    missing = [name for name in missing if not name.startswith(frozen)]
+    missing = [name for name in missing if not name.startswith(may_lack)]
     if missing or extra:
         raise ValueError(f"does not fit: missing {first_names(missing)}, "
                          f"unexpected {first_names(extra)}")
 
 
-def load_checkpoint(path: Path, saved: dict, model, frozen=()):
+def load_checkpoint(path: Path, saved: dict, model, may_lack=()):
     """`load_trained` of what `read_checkpoint` has read from `path`, which its errors name."""
     try:
-        load_trained(model, saved["model"], frozen)
+        load_trained(model, saved["model"], may_lack)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {DAMAGED}") from None
 

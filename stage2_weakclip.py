@@ -463,8 +463,11 @@ class TextGuidedDecoder(nn.Module):
 
 
 def resized_score(score: Tensor, size) -> Tensor:
-    """The score map (B, K, h, w) at a level's size (h, w): the raw cosine, not divided by the
-    temperature. With corners aligned: so released, and kept; the other resizes do not (11)."""
+    """The score map (B, K, h, w) at a level's size (h, w): the cosine, not divided by TAU.
+
+    With corners aligned, unlike all other resizes: as released (11). The decoder learns with the
+    small shift, so no switch undoes it.
+    """
     return resize(score, size, align_corners=True)
 
 
@@ -1635,7 +1638,7 @@ def from_released(state: dict, token_ids: Tensor, switches=RELEASED, vision_head
     ours = {released_name(name): name for name in model.state_dict()}
     # A key without a name of ours keeps its own, so that load_trained complains of it by name.
     renamed = {ours.get(name, name): value for name, value in state.items()}
-    load_trained(model, renamed, frozen=("clip.logit_scale",))
+    load_trained(model, renamed, may_lack=("clip.logit_scale",))
     return model
 
 
