@@ -158,8 +158,8 @@ class Dataset:
         path = self.list_path(split)
         if not path.is_file():
             known = ", ".join(p.stem for p in self.lists())
-            raise ValueError(f"{path}: no such list (there is {known or 'none'}); "
-                             "one image id a line is expected")
+            raise ValueError(f"{path}: no such list (there is {known or 'none'}); make it, one "
+                             "image id a line, or name another one")
         return read_list(path)[:limit]
 
     def image_path(self, image_id: str) -> Path:
@@ -334,6 +334,8 @@ def label_path(folder: Path, image_id: str) -> Path:
 
 def photo_files(folder: Path) -> dict[str, Path]:
     """{id: path} of all photos in a folder, sorted. Raises ValueError for an odd or double id."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no folder; the one that holds the photos is expected")
     photos = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in PHOTO_ENDINGS and not is_litter(path.name):
@@ -488,7 +490,8 @@ def class_names(names: list[str], known, place: str) -> list[str]:
             raise ValueError(f"{place}: {name[:80]!r}; class names are expected, for numbers do "
                              "not tell whether they count the background")
         else:
-            raise ValueError(f"{place}: class {name[:80]!r}; known are {', '.join(foreground)}")
+            raise ValueError(f"{place}: class {name[:80]!r}; known are {', '.join(foreground)}: "
+                             "correct it, or add it to classes.txt")
     return found
 
 
@@ -2637,6 +2640,8 @@ def check_dataset(data: Dataset):
     print(f"{data.root}: {len(data.classes)} classes with background")
     if data.name in PUBLISHED:
         check_published(data)
+    if not data.has(data.training_split()):
+        data.ids(data.training_split())  # says which lists there are
     for path in data.lists():
         split, ids = path.stem, data.ids(path.stem)
         # Only training images need labels: val is what the method has never been told about.
@@ -2649,8 +2654,7 @@ def check_dataset(data: Dataset):
             mean = np.mean([len(numbers) for numbers in image_labels.values()])
             line += f", {mean:.2f} classes an image"
         print(line)
-    if data.has(data.training_split()):
-        note_leaks(data, data.training_split())
+    note_leaks(data, data.training_split())
 
 
 def score_masks(data: Dataset, folder: Path, split: str, coco_ids: bool):
@@ -2668,9 +2672,10 @@ def score_all(data: Dataset, folder: Path):
     write_report(data, folder, rows)  # before any refusal: its pictures need no truth
     if not rows:
         report = folder / "report.html"
-        shown = f"{report} shows what is there, but " if report.is_file() else ""
-        raise ValueError(f"{shown}{folder}: no masks with a truth to score; "
-                         f"python stage1_cam.py --data {data.root} makes seeds, "
+        mend = f"python stage1_cam.py --data {data.root} makes seeds"
+        if report.is_file():
+            mend = f"{report} shows what is there"
+        raise ValueError(f"{folder}: no masks with a truth to score; {mend}, "
                          f"{data.root}/SegmentationClass holds true masks")
     print_rows(rows)
     write_metrics(data, folder, rows)
@@ -2693,8 +2698,8 @@ def parse_args(argv=None):
                         "do, and not class numbers 0..80; with --prepare, write them to DIR_81 "
                         "as class numbers")
     p.add_argument("--check", action="store_true",
-                   help="check the dataset, VOC2012 and COCO2014 against the published counts, "
-                        "and stop")
+                   help="look at every file of the dataset and stop; VOC2012 and COCO2014 are "
+                        "also held against the published counts")
     p.add_argument("--download", action="store_true",
                    help="bring what is missing of VOC2012 or COCO2014 and stop")
     p.add_argument("--prepare", action="store_true",

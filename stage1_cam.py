@@ -29,9 +29,9 @@ in one photo, H W pixels, h w a network's grid, at stride 16. CAMs are stored at
 """
 # first: while all else is imported, which takes seconds, eval.py sees to Ctrl-C
 from eval import (COCO_CLASSES, IGNORE, VOC_CLASSES, Dataset, Interrupted, check_inputs,
-                  colour_map, find_dataset, heat, interrupt, is_out_of_memory, naming, note_leaks,
-                  read_args, read_cams, read_label, read_log, run, write_json, write_label,
-                  write_text, write_whole)
+                  colour_map, find_dataset, heat, interrupt, is_out_of_memory, naming, note,
+                  note_leaks, read_args, read_cams, read_label, read_log, run, write_json,
+                  write_label, write_text, write_whole)
 
 import argparse
 import contextlib
@@ -305,7 +305,8 @@ def imagenet_file(arch: str) -> Path:
     """
     url = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
     digest = Path(url).stem.rsplit("-", 1)[1]
-    return clip.cached_file(url, digest, Path(torch.hub.get_dir()) / "checkpoints")
+    return clip.cached_file(url, digest, "--weights FILE, or none",
+                            Path(torch.hub.get_dir()) / "checkpoints")
 
 
 def dilate(layer, dilation):
@@ -1517,8 +1518,12 @@ def refuse_another_run(folder, before, options, digests, mask_options):
     then.setdefault("accumulate", 1)  # a run that was made before there was this option
     for name, value in now.items():
         if then.get(name) != value:
-            raise ValueError(f"{folder} was made with {name} = {then.get(name)}, now it is "
-                             f"{value}; give --overwrite to start afresh, or another --runs")
+            mend = "repeat the command with the options it had"
+            if name in digests:  # of a file or folder, a long number
+                mend = "what it is made of has changed"
+            raise ValueError(f"{folder} was made with {name} = {str(then.get(name))[:16]}, now it "
+                             f"is {str(value)[:16]}: {mend}; or give --overwrite to start afresh, "
+                             "or another --runs")
 
 
 def commit() -> str | None:
@@ -2092,6 +2097,13 @@ def truth_pictures(data, image_id: str) -> list[np.ndarray]:
     if path is None:
         return []
     return [read_label(path, len(data.classes))]
+
+
+def note_if_blank(folder: Path, masks: list[np.ndarray]):
+    """Say so where the masks of the preview (H, W) show nothing but background, every one."""
+    if not any(np.isin(mask, (0, IGNORE), invert=True).any() for mask in masks):
+        note(f"{folder}: none of the {len(masks)} masks in preview.png has a class; more --iters, "
+             "another --lr or better weights to start from may help")
 
 
 def preview_ids(ids: list[str], n: int = 8) -> list[str]:

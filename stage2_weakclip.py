@@ -58,7 +58,7 @@ from stage1_cam import (CLIP_MEAN, CLIP_STD, DAMAGED, IMAGENET_MEAN, IMAGENET_ST
                         check_output, check_unchanged, common_options, conv_layout, crop_or_pad,
                         delete_folder, dense_crf, first_names, fit, is_finished, is_whole,
                         load_checkpoint, load_clip, load_trained, mark_finished, mark_unfinished,
-                        normalise, not_finite, open_run, photo_faults, preview_ids,
+                        normalise, not_finite, note_if_blank, open_run, photo_faults, preview_ids,
                         read_checkpoint, refuse_own_input, set_provenance, start_run,
                         truth_pictures, work_on, write_preview)
 
@@ -1738,6 +1738,7 @@ def label_photos(args):
 def preview(data, ids: list[str], args, folder: Path):
     """Write preview.png: photo | seeds | mask | true mask, of some training images."""
     rows = []
+    masks = []
     for image_id in preview_ids(ids):
         row = [data.image(image_id)]
         for labels in (args.seeds, folder / "masks" / args.split):
@@ -1745,8 +1746,10 @@ def preview(data, ids: list[str], args, folder: Path):
             path = label_path(labels, image_id)
             if path.is_file():
                 row.append(read_label(path))
+        masks.append(row[-1])
         rows.append(row + truth_pictures(data, image_id))
     write_preview(folder / "preview.png", rows)
+    note_if_blank(folder, masks)
 
 
 def prepare(args):

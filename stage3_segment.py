@@ -31,9 +31,9 @@ from torch import Tensor, nn
 import clip
 from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, check_unchanged,
                         common_options, conv_layout, crop_or_pad, fit, fix_batchnorm,
-                        load_checkpoint, mark_finished, normalise, open_run, poly, preview_ids,
-                        random_window, read_checkpoint, resnet, start_run, truth_pictures,
-                        weights_digest, work_on, write_preview)
+                        load_checkpoint, mark_finished, normalise, note_if_blank, open_run, poly,
+                        preview_ids, random_window, read_checkpoint, resnet, start_run,
+                        truth_pictures, weights_digest, work_on, write_preview)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_provenance, mask_options,
                              mask_photos, masks_are_current, mean_cross_entropy, open_masks, resize,
                              resize_image, write_all_masks)
@@ -203,9 +203,9 @@ def parse_args(argv=None):
         help="folder of label PNGs <id>.png to learn from; true masks give an upper bound "
              "[stage 2's]")
     method.add_argument(
-        "--predict", default="val", metavar="LIST,LIST",
+        "--predict", metavar="LIST,LIST",
         help="lists whose masks are written; a finished run predicts further ones without "
-             "training again [%(default)s]")
+             "training again [val if there is one, else the training list]")
     mask_options(parser, [0.5, 0.75, 1.0, 1.25, 1.5], "the photo's own size")
     return parser.parse_args(argv)
 
@@ -234,10 +234,13 @@ def label_photos(args):
 def preview(data, split: str, ids: list[str], folder: Path):
     """Write preview.png: photo | prediction | true mask, of some predicted images."""
     rows = []
+    masks = []
     for image_id in preview_ids(ids):
         mask = read_label(folder / "masks" / split / f"{image_id}.png")
+        masks.append(mask)
         rows.append([data.image(image_id), mask, *truth_pictures(data, image_id)])
     write_preview(folder / "preview.png", rows)
+    note_if_blank(folder, masks)
 
 
 def prepare(args):
@@ -248,6 +251,8 @@ def prepare(args):
     data, machine = open_run(args)
     if args.masks is None:
         args.masks = args.runs / data.name / "2_weakclip" / "masks" / args.split
+    if args.predict is None:
+        args.predict = "val" if data.has("val") else args.split
     ids = data.ids(args.split, args.limit)
     lists = {split: data.ids(split, args.limit) for split in args.predict.split(",")}
     if machine.main:

@@ -30,9 +30,10 @@ def file_sha256(path: str | Path) -> str:
     return sha.hexdigest()
 
 
-def cached_file(url: str, digest: str, folder: str | Path = "~/.cache/clip") -> Path:
+def cached_file(url: str, digest: str, instead: str, folder="~/.cache/clip") -> Path:
     """Path of the file behind `url`, downloaded once into `folder`, with a progress bar.
 
+    instead: the option that does without, for the error of a download that fails.
     digest: sha256 in hexadecimal, or its beginning. It is compared at every call, not after the
     download alone: a file that was cut or changed since is named, not used.
     Raises ValueError where the digest differs, OSError where the network or the disk fails; both
@@ -51,7 +52,7 @@ def cached_file(url: str, digest: str, folder: str | Path = "~/.cache/clip") -> 
     # half a file.
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        download(url, part, path)
+        download(url, part, path, instead)
         if not file_sha256(part).startswith(digest):
             raise ValueError(f"{url}: what came has another sha256 than {digest[:12]}...; "
                              "try again")
@@ -72,7 +73,7 @@ def remove_abandoned(path):
             pass
 
 
-def download(url, part, path):
+def download(url, part, path, instead):
     """Write what is behind `url` to the file `part`, down to the disk. Raises OSError saying what
     to do instead."""
     try:
@@ -87,7 +88,7 @@ def download(url, part, path):
     except (OSError, http.client.HTTPException) as e:
         reason = getattr(e, "reason", None) or getattr(e, "strerror", None) or type(e).__name__
         raise OSError(f"cannot download {url} ({reason}); "
-                      f"fetch it elsewhere and put it at {path}") from None
+                      f"fetch it elsewhere and put it at {path}, or give {instead}") from None
 
 
 def locate(name: str | Path) -> Path:
@@ -95,7 +96,8 @@ def locate(name: str | Path) -> Path:
     ValueError."""
     if name in MODELS:
         file = name.replace("/", "-") + ".pt"
-        return cached_file(URL.format(digest=MODELS[name], file=file), MODELS[name])
+        return cached_file(URL.format(digest=MODELS[name], file=file), MODELS[name],
+                           "--clip FILE")
     if Path(name).is_file():
         return Path(name)
     raise ValueError(f"--clip {name}: neither a file nor one of {', '.join(MODELS)} "

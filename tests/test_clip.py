@@ -539,22 +539,22 @@ def test_download_once_with_digest(tmp_path):
     source.parent.mkdir()
     source.write_bytes(b"x" * 3_000_000)
     digest, here = clip.file_sha256(source), tmp_path / "cache"
-    path = clip.cached_file(source.as_uri(), digest, here)
+    path = clip.cached_file(source.as_uri(), digest, "--clip FILE", here)
     assert path.read_bytes() == source.read_bytes()
     source.unlink()
-    assert clip.cached_file(source.as_uri(), digest, here) == path  # no second download
+    assert clip.cached_file(source.as_uri(), digest, "--clip FILE", here) == path  # no second download
     path.write_bytes(b"broken")
     with pytest.raises(ValueError, match="delete the file"):
-        clip.cached_file(source.as_uri(), digest, here)
+        clip.cached_file(source.as_uri(), digest, "--clip FILE", here)
 
 
 def test_wrong_digest_and_no_network_leave_nothing_behind(tmp_path):
     source = tmp_path / "weights.pt"
     source.write_bytes(b"other")
     with pytest.raises(ValueError, match="another sha256"):
-        clip.cached_file(source.as_uri(), "0" * 64, tmp_path / "cache")
+        clip.cached_file(source.as_uri(), "0" * 64, "--clip FILE", tmp_path / "cache")
     with pytest.raises(OSError, match="cannot download"):
-        clip.cached_file((tmp_path / "none.pt").as_uri(), "0" * 64, tmp_path / "cache")
+        clip.cached_file((tmp_path / "none.pt").as_uri(), "0" * 64, "--clip FILE", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -567,7 +567,7 @@ def test_leftovers_of_killed_downloads_are_removed(tmp_path):
         part.write_bytes(b"half")
     for part in (old, other):
         os.utime(part, (time.time() - 7200,) * 2)
-    clip.cached_file(source.as_uri(), clip.file_sha256(source)[:8], here)
+    clip.cached_file(source.as_uri(), clip.file_sha256(source)[:8], "--clip FILE", here)
     assert {p.name for p in here.iterdir()} == {"weights.pt", new.name, other.name}
 
 
@@ -589,10 +589,10 @@ def test_a_connection_that_breaks_or_is_refused_is_one_line(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/w.pt"
         with pytest.raises((ValueError, OSError), match="w.pt"):
-            clip.cached_file(url, "0" * 64, tmp_path)
+            clip.cached_file(url, "0" * 64, "--clip FILE", tmp_path)
         server.shutdown()
     with pytest.raises(OSError, match=f"cannot download {url} .*; fetch it elsewhere and put it"):
-        clip.cached_file(url, "0" * 64, tmp_path)
+        clip.cached_file(url, "0" * 64, "--clip FILE", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

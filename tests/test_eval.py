@@ -183,6 +183,15 @@ def test_bad_calls_are_one_line(dataset, options, said):
     assert said in line
 
 
+def test_a_check_of_nothing_is_not_passed(folder):
+    lists = folder / "ImageSets" / "Segmentation"
+    (lists / "train.txt").rename(lists / "training.txt")
+    assert "train.txt: no such list (there is training, val)" in script("eval.py", "--data", folder, "--check", ok=False)
+    shutil.rmtree(lists)
+    lists.mkdir()
+    assert "no such list (there is none)" in script("eval.py", "--data", folder, "--check", ok=False)
+
+
 def test_server_archive(tmp_path):
     import tarfile
     folder = draw_dataset(tmp_path / "drawn")

@@ -503,7 +503,7 @@ def test_photos_of_ones_own_go_through_the_stages(tmp_path, clip_file, call, cla
     call("eval.py", "--data", root, "--check")
     call("stage1_cam.py", *small, *network)
     call("stage2_weakclip.py", *small, "--clip", clip_file, "--scales", 1, "--label-filter")
-    call("stage3_segment.py", *small, *network, "--predict", "train", "--scales", 1, "--no-crf")
+    call("stage3_segment.py", *small, *network, "--scales", 1, "--no-crf")  # there is no val: train is predicted
     folder = tmp_path / "runs" / "mine"
     made = ["1_cam/seeds", "2_weakclip/masks/train", "3_segment/masks/train"]
     for stage, option in (("2_weakclip", ("--clip", clip_file)), ("3_segment", ())):

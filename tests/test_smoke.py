@@ -271,6 +271,7 @@ def test_a_folder_of_photos_needs_no_dataset(chain, call, tmp_path):
         call(name, *given[:5], other, *given[6:])
         assert read_label(out / "snow.png").shape == (44, 33)
         assert "holiday" in call(name, *given[:5], tmp_path / "nowhere" / "holiday", *given[6:], ok=False)
+        assert "the one that holds the photos" in call(name, *given[:5], photos / "snow.png", *given[6:], ok=False)
         assert "checkpoint" in call(name, "--runs", tmp_path / "nothing", *given[2:], ok=False)
 
 

@@ -543,3 +543,11 @@ def test_every_switch_does_something(field):
         groups = [(g["base_lr"], sum(p.numel() for p in g["params"])) for g in stage2.make_optimizer(model, 1e-4).param_groups]
         return {**{k: v.item() for k, v in terms.items()}, "odd": odd.sum().item(), "groups": groups}
     assert fingerprint(other) != fingerprint(base)
+
+
+def test_a_preview_of_blank_masks_is_said(tmp_path, capsys):
+    blank, full = np.zeros((4, 5), np.uint8), np.full((4, 5), 3, np.uint8)
+    stage1.note_if_blank(tmp_path, [blank, full])
+    assert capsys.readouterr().err == ""
+    stage1.note_if_blank(tmp_path, [blank, np.full((2, 2), 255, np.uint8)])
+    assert "none of the 2 masks" in capsys.readouterr().err
