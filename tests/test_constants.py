@@ -302,7 +302,7 @@ def test_names_are_vocs_own_words_in_five_tokens(voc, tmp_path):
 def test_digests_are_those_of_openais_archives(monkeypatch):
     assert clip.MODELS == {
         "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"}
-    monkeypatch.setattr(clip.weights, "cached_file", lambda url, digest: (url, digest))
+    monkeypatch.setattr(clip.weights, "cached_file", lambda url, digest, instead: (url, digest))
     url, digest = clip.locate("ViT-B/16")
     assert digest == clip.MODELS["ViT-B/16"] and url.startswith("https://openaipublic.")
     assert url.endswith(f"/clip/models/{digest}/ViT-B-16.pt") and stage2.parse_args(["--data", "x"]).clip == "ViT-B/16"
@@ -602,7 +602,7 @@ def test_imagenet_weights_are_torchvisions_first_with_their_hash_checked(monkeyp
     with torch.device("meta"):                                        # sizes without memory
         state = torchvision.models.resnet50().state_dict()
 
-        def cached_file(url, digest, folder):
+        def cached_file(url, digest, instead, folder):
             asked.append((url, digest))
             return folder / "compared"
 
