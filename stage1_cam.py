@@ -1427,6 +1427,14 @@ def check_unchanged(path: Path, before: str, now: str):
                          "has trained on that")
 
 
+@contextlib.contextmanager
+def unchanged(path: Path):
+    """A context in which a file is read; gives its sha256, ValueError if another one ends it."""
+    digest = clip.file_sha256(path)
+    yield digest
+    check_unchanged(path, digest, clip.file_sha256(path))
+
+
 def clear_leftovers(folder: Path):
     """Remove what killed runs have left: half-written files, folders set aside to be deleted.
 
@@ -1517,13 +1525,14 @@ def refuse_another_run(folder, before, options, digests, mask_options):
     then.update(before["digests"])
     then.setdefault("accumulate", 1)  # a run that was made before there was this option
     for name, value in now.items():
-        if then.get(name) != value:
+        old = then.get(name)
+        if old != value:
             mend = "repeat the command with the options it had"
-            if name in digests:  # of a file or folder, a long number
+            if name in digests:  # of a file or folder: long numbers, whose beginnings tell enough
+                old, value = str(old)[:16], str(value)[:16]
                 mend = "what it is made of has changed"
-            raise ValueError(f"{folder} was made with {name} = {str(then.get(name))[:16]}, now it "
-                             f"is {str(value)[:16]}: {mend}; or give --overwrite to start afresh, "
-                             "or another --runs")
+            raise ValueError(f"{folder} was made with {name} = {old}, now it is {value}: {mend}; "
+                             "or give --overwrite to start afresh, or another --runs")
 
 
 def commit() -> str | None:
@@ -2129,9 +2138,8 @@ def load_clip(name: str, seed: int, machine) -> tuple[clip.CLIP, str]:
     path = clip.locate(name)
     if machine.main:
         machine.wait()
-    digest = clip.file_sha256(path)
-    model = clip.load(path)
-    check_unchanged(path, digest, clip.file_sha256(path))
+    with unchanged(path) as digest:
+        model = clip.load(path)
     patch = model.visual.conv1.kernel_size
     if patch != (16, 16):
         raise ValueError(f"--clip {name}: patch size {patch[0]}; "

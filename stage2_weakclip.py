@@ -60,7 +60,7 @@ from stage1_cam import (CLIP_MEAN, CLIP_STD, DAMAGED, IMAGENET_MEAN, IMAGENET_ST
                         load_checkpoint, load_clip, load_trained, mark_finished, mark_unfinished,
                         normalise, not_finite, note_if_blank, open_run, photo_faults, preview_ids,
                         read_checkpoint, refuse_own_input, set_provenance, start_run,
-                        truth_pictures, work_on, write_preview)
+                        truth_pictures, unchanged, work_on, write_preview)
 
 
 # ===================================================================================== switches
@@ -1480,14 +1480,12 @@ def open_checkpoint(path: Path, args, machine: Machine, classes=None):
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; "
                          f"python stage2_weakclip.py --data {args.data} trains one")
-    digest = clip.file_sha256(path)
-    saved = clip.read_foreign(path)
-    if isinstance(saved, dict) and "state_dict" in saved:
-        opened = open_released(path, saved, args, classes)
-    else:
-        opened = open_own(path, args, machine, classes)
-    # A training that is at work replaces its checkpoint now and then.
-    check_unchanged(path, digest, clip.file_sha256(path))
+    with unchanged(path) as digest:  # a training that is at work replaces its checkpoint
+        saved = clip.read_foreign(path)
+        if isinstance(saved, dict) and "state_dict" in saved:
+            opened = open_released(path, saved, args, classes)
+        else:
+            opened = open_own(path, args, machine, classes)
     opened[0].digest = digest
     return opened
 

@@ -28,12 +28,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import clip
 from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, check_unchanged,
                         common_options, conv_layout, crop_or_pad, fit, fix_batchnorm,
                         load_checkpoint, mark_finished, normalise, note_if_blank, open_run, poly,
                         preview_ids, random_window, read_checkpoint, resnet, start_run,
-                        truth_pictures, weights_digest, work_on, write_preview)
+                        truth_pictures, unchanged, weights_digest, work_on, write_preview)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_provenance, mask_options,
                              mask_photos, masks_are_current, mean_cross_entropy, open_masks, resize,
                              resize_image, write_all_masks)
@@ -218,9 +217,8 @@ def label_photos(args):
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; "
                          f"python stage3_segment.py --data {args.data} trains one")
-    digest = clip.file_sha256(path)
-    saved = read_checkpoint(path)
-    check_unchanged(path, digest, clip.file_sha256(path))
+    with unchanged(path) as digest:
+        saved = read_checkpoint(path)
     facts = saved["facts"]
     if facts.get("stage") != "3_segment":
         raise ValueError(f"{path}: not a checkpoint of stage 3; name another --runs")
@@ -234,13 +232,11 @@ def label_photos(args):
 def preview(data, split: str, ids: list[str], folder: Path):
     """Write preview.png: photo | prediction | true mask, of some predicted images."""
     rows = []
-    masks = []
     for image_id in preview_ids(ids):
         mask = read_label(folder / "masks" / split / f"{image_id}.png")
-        masks.append(mask)
         rows.append([data.image(image_id), mask, *truth_pictures(data, image_id)])
     write_preview(folder / "preview.png", rows)
-    note_if_blank(folder, masks)
+    note_if_blank(folder, [row[1] for row in rows])
 
 
 def prepare(args):

@@ -218,3 +218,12 @@ def test_no_mask_is_made_of_what_is_no_number(stage, world, capsys):
                                            ("--crop", 32 << 20)])
 def test_numbers_that_no_run_can_have(option, value, refused):
     assert f"{option} {value}: at most" in refused("1_cam", option, value)
+
+
+def test_another_option_is_told_whole_and_another_input_in_short(tmp_path):
+    options = {"set": ["boundary_weight=0"]}
+    before = {"options": {"set": ["boundary_weight=1"]}, "digests": {"seeds": 64 * "a"}}
+    with pytest.raises(ValueError, match="boundary_weight=1.*boundary_weight=0"):
+        stage1.refuse_another_run(tmp_path, before, options, before["digests"], ())
+    with pytest.raises(ValueError, match="seeds = a{16}, now it is b{16}: what it is made of has changed"):
+        stage1.refuse_another_run(tmp_path, before, before["options"], {"seeds": 64 * "b"}, ())
