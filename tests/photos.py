@@ -6,7 +6,8 @@ run     python tests/photos.py --data DIR --split train --out scores.json --seed
         python tests/photos.py ... --seeds DIR --checkpoint FILE --clip FILE --picture FILE
 reads   a dataset's folder with true masks; seeds as label PNGs, or a checkpoint of stage 2 and its
         CLIP
-writes  --out: {"rows": {name: {"n", "miou", "iou": {class: percent}}}}; rows are added
+writes  --out: {"rows": {name: {"n", "miou", "iou": {class: percent}, "pixels"}}}; rows are added;
+        pixels: counts (K, K + 1), row = true class, column = the mask's, the last "unsure"
         --picture: the photos that gain and lose most against the CRF on their seeds, a row each
 
 Each photo passes the network once, and every way of making a mask of its probabilities is scored
@@ -17,6 +18,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -89,7 +91,8 @@ class Table:
             iou = dict(zip(self.data.classes, scores(matrix)["iou"].tolist()))
             named = [iou[c] for c in (self.data.classes[0], *self.common)]
             self.kept["rows"][row] = {"n": n, "miou": float(np.mean(named)), **facts,
-                                      "iou": {c: round(v, 2) for c, v in iou.items() if v == v}}
+                                      "iou": {c: round(v, 2) for c, v in iou.items() if v == v},
+                                      "pixels": matrix.tolist()}
             print(f"{row:50} {n:4} photos  mIoU {np.mean(named):5.1f}")
         write_json(self.path, self.kept)
         self.matrices = {}
@@ -105,18 +108,25 @@ def score_seeds(data, ids, folder, table):
     table.keep(len(ids), {})
 
 
+def open_network(data, args, checkpoint):
+    """A checkpoint's model, machine and iterations; predict: image -> probabilities (K, H, W)."""
+    machine = Machine(args.device, args.amp)
+    model, crop, iters, outputs = open_checkpoint(checkpoint, args, machine, data.classes)
+    predict = predictor(model, args, crop, machine, outputs)
+    return SimpleNamespace(model=model, machine=machine, iters=iters, predict=predict)
+
+
 def score_checkpoint(data, ids, filtered, args, table):
     """Rows of one checkpoint's masks."""
-    machine = Machine(args.device, args.amp)
-    model, crop, iters, outputs = open_checkpoint(args.checkpoint, args, machine, data.classes)
-    predict = predictor(model, args, crop, machine, outputs)
+    network = open_network(data, args, args.checkpoint)
+    iters = network.iters
     labels = data.image_labels(ids) if filtered else {}
     name = f"{args.name} {args.split}, {iters} iterations, scales {' '.join(map(str, args.scales))}"
     name += "" if args.no_flip else " and mirrors"
     for image_id in tqdm(ids, desc=name):
         image, truth = data.image(image_id), read_label(data.truth_path(image_id))
         with torch.no_grad():
-            probs = predict(image)
+            probs = network.predict(image)
         allowed = [0, *labels[image_id]] if filtered else None
         for row, mask in masks_of(name, probs, image, allowed).items():
             table.add(row, truth, mask)
@@ -133,45 +143,59 @@ def draw_extremes(data, ids, args, count=10, side=200):
     """Write --picture: photo, seed, CRF on it, score map, raw mask, mask with CRF, truth.
 
     The first `count` rows are the photos that gain most over the CRF on their seeds, the last
-    `count` those that lose most. Masks are filtered by the image's labels, score maps too.
+    `count` those that lose most. Masks are filtered by the image's labels, score maps too. With
+    --earlier, that checkpoint's score map and raw mask stand before the others.
     """
-    machine = Machine(args.device, args.amp)
-    model, crop, _, outputs = open_checkpoint(args.checkpoint, args, machine, data.classes)
-    predict = predictor(model, args, crop, machine, outputs)
+    network = open_network(data, args, args.checkpoint)
+    earlier = open_network(data, args, args.earlier) if args.earlier else None
     labels = data.image_labels(ids)
     K = len(data.classes)
-    rows = []
+    gains = []
     for image_id in tqdm(ids, desc="gains"):
         image, truth = data.image(image_id), read_label(data.truth_path(image_id))
-        allowed = [0, *labels[image_id]]
         seed = read_label(label_path(args.seeds, image_id), K)
-        baseline = crf_on_seed(data, image_id, seed)
-        with torch.no_grad():
-            probs = predict(image)
-            score = score_map(model, image, machine)[allowed]
-        raw, refined = [mask_from(probs, image, crf, allowed)[0]
-                        for crf in (None, MASK_CRF["VOC2012"])]
-        gain = photo_score(truth, refined, K) - photo_score(truth, baseline, K)
-        matched = np.asarray(allowed, np.uint8)[score.argmax(0).numpy()]
-        masks = [seed, baseline, matched, raw, refined, truth]
-        tiles = [overlay(image, mask, data.classes, side) for mask in masks]
-        rows.append((gain, image_id, [overlay(image, 0 * truth, data.classes, side), *tiles]))
-    rows.sort(key=lambda row: -row[0])
-    rows = rows[:count] + rows[-count:]
-    sheet = Image.new("RGB", (7 * side, len(rows) * side), "white")
-    for row, (gain, image_id, tiles) in enumerate(rows):
-        print(f"{image_id} {gain:+6.1f} {', '.join(data.classes[k] for k in labels[image_id])}")
+        before = photo_score(truth, crf_on_seed(data, image_id, seed), K)
+        after = photo_score(truth, filtered_mask(network, image, labels[image_id]), K)
+        gains.append((after - before, image_id))
+    gains.sort(reverse=True)
+    values = [gain for gain, _ in gains]
+    print(f"{np.mean(np.greater(values, 0)):.0%} of {len(values)} photos gain, median "
+          f"{np.median(values):+.1f}, quarters {np.percentile(values, 25):+.1f} and "
+          f"{np.percentile(values, 75):+.1f}")
+    rows = []
+    for gain, image_id in gains[:count] + gains[-count:]:
+        named = labels[image_id]
+        print(f"{image_id} {gain:+6.1f} {', '.join(data.classes[k] for k in named)}")
+        image, truth = data.image(image_id), read_label(data.truth_path(image_id))
+        seed = read_label(label_path(args.seeds, image_id), K)
+        masks = [0 * truth, seed, crf_on_seed(data, image_id, seed)]
+        for each in [earlier, network] if earlier else [network]:
+            masks += [score_mask(each, image, named), filtered_mask(each, image, named, None)]
+        masks += [filtered_mask(network, image, named), truth]
+        rows.append([overlay(image, mask, data.classes, side) for mask in masks])
+    sheet = Image.new("RGB", (len(rows[0]) * side, len(rows) * side), "white")
+    for row, tiles in enumerate(rows):
         for column, tile in enumerate(tiles):
             sheet.paste(Image.fromarray(tile), (column * side, row * side))
     write_whole(args.picture, lambda f: sheet.save(f, "PNG"))
 
 
-def score_map(model, image, machine):
-    """The network's score map of the whole photo at scale 1, resized to it: (K, H, W) cosines."""
-    (x, _), = make_views(image, [1.0], False, mean_and_std(model.switches))
-    with machine.autocast():
-        score = model(x.to(machine.device))[1]
-    return resize(score.float(), image.shape[:2])[0].cpu()
+def filtered_mask(network, image, labels, crf=MASK_CRF["VOC2012"]):
+    """A network's mask (H, W) of one photo, of background and the image's labels alone."""
+    with torch.no_grad():
+        probs = network.predict(image)
+    return mask_from(probs, image, crf, [0, *labels])[0]
+
+
+def score_mask(network, image, labels):
+    """(H, W): the allowed class that the score map of the whole photo, at scale 1, likes best."""
+    (x, _), = make_views(image, [1.0], False, mean_and_std(network.model.switches))
+    machine = network.machine
+    with torch.no_grad(), machine.autocast():
+        score = network.model(x.to(machine.device))[1].float()  # (1, K, h, w) cosines
+    allowed = np.asarray([0, *labels], np.uint8)
+    best = resize(score[:, torch.from_numpy(allowed).long()], image.shape[:2])[0].argmax(0)
+    return allowed[best.cpu().numpy()]
 
 
 def parse_args():
@@ -188,6 +212,8 @@ def parse_args():
     p.add_argument("--seeds", type=Path,
                    help="folder of label PNGs: score them, and the CRF on them")
     p.add_argument("--checkpoint", type=Path, help="checkpoint of stage 2: score its masks")
+    p.add_argument("--earlier", type=Path,
+                   help="for --picture: an earlier checkpoint of the same run, drawn beside")
     p.add_argument("--clip", help="the CLIP that the checkpoint was trained with")
     p.add_argument("--picture", type=Path, help="PNG of the twenty photos that changed most")
     p.add_argument("--name", default="masks", help="first words of the rows' names [%(default)s]")
