@@ -17,6 +17,7 @@ the scores only.
 import argparse
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,9 @@ from stage2_weakclip import (MASK_CRF, make_views, mask_from, mean_and_std, open
 
 # Of a seed's own label, where the CRF starts from seeds alone. GUESS the usual one for hard labels
 CERTAINTY = 0.7
+# A class is small in a photo that it covers less of, and thin where no square of this side fits.
+SMALL = 0.05
+THIN = 17
 
 
 def seed_probabilities(seed, classes):
@@ -139,39 +143,53 @@ def photo_score(truth, mask, K):
     return np.mean(scores(matrix)["iou"][matrix.sum(1) > 0])
 
 
-def draw_extremes(data, ids, args, count=10, side=200):
-    """Write --picture: photo, seed, CRF on it, score map, raw mask, mask with CRF, truth.
+def compare_photos(data, ids, args):
+    """Print what the masks of each photo gain over the CRF on its seeds, and where.
 
-    The first `count` rows are the photos that gain most over the CRF on their seeds, the last
-    `count` those that lose most. Masks are filtered by the image's labels, score maps too. With
-    --earlier, that checkpoint's score map and raw mask stand before the others.
+    Masks have the CRF and are filtered by the image's labels. Draws the twenty extremes to
+    --picture.
     """
     network = open_network(data, args, args.checkpoint)
-    earlier = open_network(data, args, args.earlier) if args.earlier else None
     labels = data.image_labels(ids)
     K = len(data.classes)
-    gains = []
+    gains, counts = [], defaultdict(lambda: np.zeros(3))
     for image_id in tqdm(ids, desc="gains"):
         image, truth = data.image(image_id), read_label(data.truth_path(image_id))
         seed = read_label(label_path(args.seeds, image_id), K)
-        before = photo_score(truth, crf_on_seed(data, image_id, seed), K)
-        after = photo_score(truth, filtered_mask(network, image, labels[image_id]), K)
-        gains.append((after - before, image_id))
+        raw, refined = filtered_masks(network, image, labels[image_id])
+        masks = {"seeds": seed, "CRF on the seeds": crf_on_seed(data, image_id, seed),
+                 "label filter": raw, "CRF and label filter": refined}
+        gain = photo_score(truth, refined, K) - photo_score(truth, masks["CRF on the seeds"], K)
+        gains.append((gain, image_id))
+        count_parts(counts, truth, masks, labels[image_id])
     gains.sort(reverse=True)
     values = [gain for gain, _ in gains]
     print(f"{np.mean(np.greater(values, 0)):.0%} of {len(values)} photos gain, median "
           f"{np.median(values):+.1f}, quarters {np.percentile(values, 25):+.1f} and "
           f"{np.percentile(values, 75):+.1f}")
+    for (k, part, row), (n, hits, pixels) in sorted(counts.items()):
+        print(f"{data.classes[k]:12} {part:28} {row:22} {int(n):4} photos "
+              f"{100 * hits / max(1, pixels):5.1f}")
+    for gain, image_id in gains[:10] + gains[-10:]:
+        print(f"{image_id} {gain:+6.1f} {', '.join(data.classes[k] for k in labels[image_id])}")
+    draw_photos(data, [image_id for _, image_id in gains[:10] + gains[-10:]], labels, network, args)
+
+
+def draw_photos(data, ids, labels, network, args, side=200):
+    """Write --picture, a row for each photo: seed, CRF on it, score map, raw mask, CRF, truth.
+
+    With --earlier, that checkpoint's score map and raw mask stand before the others.
+    """
+    earlier = open_network(data, args, args.earlier) if args.earlier else None
     rows = []
-    for gain, image_id in gains[:count] + gains[-count:]:
-        named = labels[image_id]
-        print(f"{image_id} {gain:+6.1f} {', '.join(data.classes[k] for k in named)}")
+    for image_id in ids:
         image, truth = data.image(image_id), read_label(data.truth_path(image_id))
-        seed = read_label(label_path(args.seeds, image_id), K)
+        seed = read_label(label_path(args.seeds, image_id), len(data.classes))
         masks = [0 * truth, seed, crf_on_seed(data, image_id, seed)]
-        for each in [earlier, network] if earlier else [network]:
-            masks += [score_mask(each, image, named), filtered_mask(each, image, named, None)]
-        masks += [filtered_mask(network, image, named), truth]
+        named = labels[image_id]
+        if earlier:
+            masks += [score_mask(earlier, image, named), filtered_masks(earlier, image, named)[0]]
+        masks += [score_mask(network, image, named), *filtered_masks(network, image, named), truth]
         rows.append([overlay(image, mask, data.classes, side) for mask in masks])
     sheet = Image.new("RGB", (len(rows[0]) * side, len(rows) * side), "white")
     for row, tiles in enumerate(rows):
@@ -180,11 +198,40 @@ def draw_extremes(data, ids, args, count=10, side=200):
     write_whole(args.picture, lambda f: sheet.save(f, "PNG"))
 
 
-def filtered_mask(network, image, labels, crf=MASK_CRF["VOC2012"]):
-    """A network's mask (H, W) of one photo, of background and the image's labels alone."""
+def count_parts(counts, truth, masks, labels):
+    """Add one photo to counts[class, part, row] = (photos, hits, pixels), for each of its classes.
+
+    Parts: IoU where the class covers less than SMALL of the photo, IoU where it covers more;
+    recall of what is thin in the truth, and of the rest; precision of what is thin in the mask.
+    """
+    for k in labels:
+        true = truth == k
+        small = true.mean() < SMALL
+        thin = true & ~opened(true)
+        for row, mask in masks.items():
+            named = (mask == k) & (truth != IGNORE)
+            iou = (1, (true & named).sum(), (true | named).sum())
+            counts[k, f"IoU, {'under' if small else 'over'} {SMALL:.0%} of the photo", row] += iou
+            counts[k, "recall, thin parts", row] += (1, (thin & named).sum(), thin.sum())
+            counts[k, "recall, the rest", row] += (1, (true & ~thin & named).sum(),
+                                                   (true & ~thin).sum())
+            fine = named & ~opened(named)
+            counts[k, "precision, thin parts", row] += (1, (fine & true).sum(), fine.sum())
+
+
+def opened(region):
+    """Morphological opening: the pixels of a region (H, W) that a square of THIN lies over."""
+    x = torch.from_numpy(region).float()[None, None]  # (1, 1, H, W)
+    for sign in (-1, 1):  # erosion is a dilation of what is outside
+        x = sign * torch.nn.functional.max_pool2d(sign * x, THIN, 1, THIN // 2)
+    return x[0, 0].numpy() > 0
+
+
+def filtered_masks(network, image, labels):
+    """A network's masks (H, W) of one photo, raw and with the CRF, of the image's labels alone."""
     with torch.no_grad():
         probs = network.predict(image)
-    return mask_from(probs, image, crf, [0, *labels])[0]
+    return [mask_from(probs, image, crf, [0, *labels])[0] for crf in (None, MASK_CRF["VOC2012"])]
 
 
 def score_mask(network, image, labels):
@@ -235,7 +282,7 @@ def main():
     ids = data.ids(args.split, args.limit)[::args.every]
     table = Table(args.out, data, args.common)
     if args.picture:
-        return draw_extremes(data, ids, args)
+        return compare_photos(data, ids, args)
     if args.seeds:
         score_seeds(data, ids, args.seeds, table)
     if args.checkpoint:
