@@ -1113,6 +1113,14 @@ def interrupt(number, frame):
     raise Interrupted(number)
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, but a wrong option is one line, as every other mistake is."""
+
+    def error(self, message):
+        """Called with what is wrong with the command line; raises it as ValueError."""
+        raise ValueError(f"{message}; --help explains the options")
+
+
 def run(main):
     """Run a script's main(); what ends it early becomes one line and an exit status.
 
@@ -2685,7 +2693,7 @@ def score_all(data: Dataset, folder: Path):
 
 def parse_args(argv=None):
     """The options; see --help."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = Parser(description=__doc__.splitlines()[0])
     p.add_argument("--data", required=True, metavar="NAME|DIR",
                    help="dataset folder in VOC's layout (README, Data)")
     p.add_argument("--runs", type=Path, default=Path("runs"),

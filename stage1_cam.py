@@ -28,12 +28,11 @@ Shapes: B images of a batch, K classes with background first, J of them (never b
 in one photo, H W pixels, h w a network's grid, at stride 16. CAMs are stored at stride 4.
 """
 # first: while all else is imported, which takes seconds, eval.py sees to Ctrl-C
-from eval import (COCO_CLASSES, IGNORE, VOC_CLASSES, Dataset, Interrupted, check_inputs,
+from eval import (COCO_CLASSES, IGNORE, VOC_CLASSES, Dataset, Interrupted, Parser, check_inputs,
                   colour_map, find_dataset, heat, interrupt, is_out_of_memory, naming, note,
                   note_leaks, read_args, read_cams, read_label, read_log, run, write_json,
                   write_label, write_text, write_whole)
 
-import argparse
 import contextlib
 import datetime
 import functools
@@ -45,6 +44,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -2154,7 +2154,7 @@ def common_options(description: str, iters, lr, batch_size, crop: int):
     default that depends on the data: it is None here, and filled in later.
     """
     shown = {"iters": iters, "lr": lr, "batch_size": batch_size}
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     file_options(parser)
     method = parser.add_argument_group("method (changes results; defaults are the recipe)")
     method.add_argument("--iters", type=int, metavar="N",
@@ -2186,6 +2186,16 @@ def common_options(description: str, iters, lr, batch_size, crop: int):
         parser.set_defaults(**{name: None if isinstance(value, str) else value})
     machine_options(parser)
     return parser, method
+
+
+def next_command(script: str, data, args, *names: str) -> str:
+    """The next stage's command, with those of the options `names` that the user has changed."""
+    usual = {"runs": Path("runs"), "split": data.training_split(), "clip": "ViT-B/16"}
+    words = ["python", script, "--data", args.data]
+    for name in names:
+        if getattr(args, name) not in (None, usual.get(name)):
+            words += [f"--{name}", str(getattr(args, name))]
+    return shlex.join(words)
 
 
 def file_options(parser):
@@ -2330,8 +2340,9 @@ def main():
             set_provenance(folder, facts)
             preview(data, ids, folder)
             mark_finished(folder)
-            print(f"{folder}: {len(ids)} seeds. "
-                  f"Next: python stage2_weakclip.py --data {args.data}")
+            next_one = next_command("stage2_weakclip.py", data, args,
+                                    "runs", "split", "limit", "clip")
+            print(f"{folder}: {len(ids)} seeds. Next: {next_one}")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ from stage1_cam import (CLIP_MEAN, CLIP_STD, DAMAGED, IMAGENET_MEAN, IMAGENET_ST
                         check_output, check_unchanged, common_options, conv_layout, crop_or_pad,
                         delete_folder, dense_crf, first_names, fit, is_finished, is_whole,
                         load_checkpoint, load_clip, load_trained, mark_finished, mark_unfinished,
-                        normalise, not_finite, note_if_blank, open_run, photo_faults, preview_ids,
-                        read_checkpoint, refuse_own_input, set_provenance, start_run,
+                        next_command, normalise, not_finite, note_if_blank, open_run, photo_faults,
+                        preview_ids, read_checkpoint, refuse_own_input, set_provenance, start_run,
                         truth_pictures, unchanged, work_on, write_preview)
 
 
@@ -1814,8 +1814,8 @@ def main():
         if machine.main:
             preview(data, training_list, args, folder)
             mark_finished(folder)
-            print(f"{folder}: masks of {', '.join(lists)}. "
-                  f"Next: python stage3_segment.py --data {args.data}")
+            next_one = next_command("stage3_segment.py", data, args, "runs", "split", "limit")
+            print(f"{folder}: masks of {', '.join(lists)}. Next: {next_one}")
 
 
 if __name__ == "__main__":

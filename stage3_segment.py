@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, Machine, backbone_options, check_unchanged,
                         common_options, conv_layout, crop_or_pad, fit, fix_batchnorm,
-                        load_checkpoint, mark_finished, normalise, note_if_blank, open_run, poly,
-                        preview_ids, random_window, read_checkpoint, resnet, start_run,
-                        truth_pictures, unchanged, weights_digest, work_on, write_preview)
+                        load_checkpoint, mark_finished, next_command, normalise, note_if_blank,
+                        open_run, poly, preview_ids, random_window, read_checkpoint, resnet,
+                        start_run, truth_pictures, unchanged, weights_digest, work_on,
+                        write_preview)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_provenance, mask_options,
                              mask_photos, masks_are_current, mean_cross_entropy, open_masks, resize,
                              resize_image, write_all_masks)
@@ -295,8 +296,8 @@ def main():
             split, predicted = next(iter(lists.items()))
             preview(data, split, predicted, folder)
             mark_finished(folder)
-            print(f"{folder}: masks of {', '.join(lists)}. "
-                  f"Next: python eval.py --data {args.data}")
+            next_one = next_command("eval.py", data, args, "runs")
+            print(f"{folder}: masks of {', '.join(lists)}. Next: {next_one}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The scripts run as a user runs them, on a drawn dataset, and their files are read back. Bad input ends in one line."""
+import importlib
 import json
 import os
 import re
@@ -185,6 +186,25 @@ def test_weights_are_known_by_what_they_hold(call, dataset, tmp_path):
     assert "finished" in call("stage1_cam.py", *options)
     torch.save({**net.state_dict(), "fc.bias": torch.ones(1000)}, moved)
     assert "weights" in call("stage1_cam.py", *options, ok=False)
+
+
+def test_a_stage_names_the_next_command_and_it_works(call, dataset, clip_file, tmp_path):
+    """Options go along where the next stage must know them."""
+    options = ["--data", dataset, "--runs", tmp_path, "--limit", 2]
+    said = call("stage1_cam.py", *options, "--method", "clip", "--clip", clip_file)
+    name, *words = shlex.split(said.split("Next: python ")[1])
+    assert name == "stage2_weakclip.py" and words == [*map(str, options), "--clip", str(clip_file)]
+    said = call(name, *words, *SMALL[name])
+    assert shlex.split(said.split("Next: python ")[1]) == ["stage3_segment.py", *map(str, options)]
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("given", [[], ["--dataa", "x"], ["--data", "x", "--seed", "one"], ["--data"]])
+def test_a_wrong_option_is_one_line(name, given, capsys):
+    """An error like every other, not the page of usage that argparse prints."""
+    with pytest.raises(ValueError, match="--help explains"):
+        importlib.import_module(name.removesuffix(".py")).parse_args(given)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_finished_is_what_args_json_says(call, dataset, tmp_path):
