@@ -333,12 +333,20 @@ def label_path(folder: Path, image_id: str) -> Path:
 
 
 def photo_files(folder: Path) -> dict[str, Path]:
-    """{id: path} of all photos in a folder, sorted. Raises ValueError for an odd or double id."""
+    """{id: path} of all photos in a folder, sorted. Raises ValueError for an odd or double id.
+
+    Photos of other formats (HEIC, WebP) are left out, and `note` says so.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no folder; the one that holds the photos is expected")
     photos = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in PHOTO_ENDINGS and not is_litter(path.name):
+    names = [path.name for path in sorted(folder.iterdir()) if not is_litter(path.name)]
+    others = [name for name in names if name.lower().endswith(OTHER_ENDINGS)]
+    if others:
+        note(f"{folder}: {len(others)} photos are left out, first {others[0]}: save them as JPEG "
+             "or PNG")
+    for path in map(folder.joinpath, names):
+        if path.suffix.lower() in PHOTO_ENDINGS:
             image_id = unicodedata.normalize("NFC", path.stem)
             fault = id_fault(image_id, spaces=True)
             if fault or image_id in photos:

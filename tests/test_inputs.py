@@ -295,6 +295,13 @@ def test_endings_and_letters_as_systems_write_them(folder):
     refused("either may be meant; remove one", data.image, "train_1")
 
 
+def test_photos_in_other_formats_are_said_to_be_left_out(folder, capsys):
+    for name in ("one.HEIC", "two.webp", "._three.heic", "notes.txt"):
+        (folder / "JPEGImages" / name).write_bytes(b"some bytes")
+    assert set(photo_files(folder / "JPEGImages")) == {*LINES, "val_0", "val_1"}
+    assert "2 photos are left out, first one.HEIC: save them as JPEG" in capsys.readouterr().err
+
+
 def test_files_that_systems_leave_are_no_data(folder):
     for name in ("._train_0.jpg", ".DS_Store", "Thumbs.db", "desktop.ini"):
         (folder / "JPEGImages" / name).write_bytes(b"\0\5\x16\7")
