@@ -14,7 +14,6 @@ Each photo passes the network once, and every way of making a mask of its probab
 from that: raw, with the CRF, with the image-label filter, with both. True masks are looked at for
 the scores only.
 """
-import argparse
 import json
 import sys
 from collections import defaultdict
@@ -23,14 +22,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval import (IGNORE, confusion, find_dataset, label_path, overlay, read_label, run, scores,
-                  write_json, write_whole)
-from stage1_cam import Machine
+from eval import (IGNORE, Parser, confusion, find_dataset, label_path, overlay, read_label, run,
+                  scores, write_json)
+from stage1_cam import Machine, write_preview
 from stage2_weakclip import (MASK_CRF, make_views, mask_from, mean_and_std, open_checkpoint,
                              predictor, resize)
 
@@ -65,13 +63,17 @@ def crf_on_seed(data, image_id, seed):
 
 def masks_of(name, probs, image, allowed):
     """{row: mask (H, W)}: what can be made of one photo's class probabilities (K, H, W)."""
-    crf = MASK_CRF["VOC2012"]
-    out = {f"{name}, raw": mask_from(probs, image, None)[0],
-           f"{name}, CRF": mask_from(probs, image, crf)[0]}
+    rows = ["raw", "CRF"]
+    masks = raw_and_refined(probs, image, None)
     if allowed:
-        out[f"{name}, label filter"] = mask_from(probs, image, None, allowed)[0]
-        out[f"{name}, CRF and label filter"] = mask_from(probs, image, crf, allowed)[0]
-    return out
+        rows += ["label filter", "CRF and label filter"]
+        masks += raw_and_refined(probs, image, allowed)
+    return {f"{name}, {row}": mask for row, mask in zip(rows, masks)}
+
+
+def raw_and_refined(probs, image, allowed):
+    """[mask without the CRF, mask with it], each (H, W); allowed: as `mask_from` takes it."""
+    return [mask_from(probs, image, crf, allowed)[0] for crf in (None, MASK_CRF["VOC2012"])]
 
 
 class Table:
@@ -123,9 +125,9 @@ def open_network(data, args, checkpoint):
 def score_checkpoint(data, ids, filtered, args, table):
     """Rows of one checkpoint's masks."""
     network = open_network(data, args, args.checkpoint)
-    iters = network.iters
     labels = data.image_labels(ids) if filtered else {}
-    name = f"{args.name} {args.split}, {iters} iterations, scales {' '.join(map(str, args.scales))}"
+    name = f"{args.name} {args.split}, {network.iters} iterations, "
+    name += f"scales {' '.join(map(str, args.scales))}"
     name += "" if args.no_flip else " and mirrors"
     for image_id in tqdm(ids, desc=name):
         image, truth = data.image(image_id), read_label(data.truth_path(image_id))
@@ -134,7 +136,8 @@ def score_checkpoint(data, ids, filtered, args, table):
         allowed = [0, *labels[image_id]] if filtered else None
         for row, mask in masks_of(name, probs, image, allowed).items():
             table.add(row, truth, mask)
-    table.keep(len(ids), {"iters": iters, "scales": args.scales, "flip": not args.no_flip})
+    facts = {"iters": network.iters, "scales": args.scales, "flip": not args.no_flip}
+    table.keep(len(ids), facts)
 
 
 def photo_score(truth, mask, K):
@@ -191,11 +194,7 @@ def draw_photos(data, ids, labels, network, args, side=200):
             masks += [score_mask(earlier, image, named), filtered_masks(earlier, image, named)[0]]
         masks += [score_mask(network, image, named), *filtered_masks(network, image, named), truth]
         rows.append([overlay(image, mask, data.classes, side) for mask in masks])
-    sheet = Image.new("RGB", (len(rows[0]) * side, len(rows) * side), "white")
-    for row, tiles in enumerate(rows):
-        for column, tile in enumerate(tiles):
-            sheet.paste(Image.fromarray(tile), (column * side, row * side))
-    write_whole(args.picture, lambda f: sheet.save(f, "PNG"))
+    write_preview(args.picture, rows, side)
 
 
 def count_parts(counts, truth, masks, labels):
@@ -231,7 +230,7 @@ def filtered_masks(network, image, labels):
     """A network's masks (H, W) of one photo, raw and with the CRF, of the image's labels alone."""
     with torch.no_grad():
         probs = network.predict(image)
-    return [mask_from(probs, image, crf, [0, *labels])[0] for crf in (None, MASK_CRF["VOC2012"])]
+    return raw_and_refined(probs, image, [0, *labels])
 
 
 def score_mask(network, image, labels):
@@ -247,7 +246,7 @@ def score_mask(network, image, labels):
 
 def parse_args():
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = Parser(description=__doc__.splitlines()[0])
     p.add_argument("--data", required=True, help="dataset folder in VOC's layout, with true masks")
     p.add_argument("--split", required=True, help="list of photos to score")
     p.add_argument("--limit", type=int, help="only the first photos of the list")

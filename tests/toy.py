@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 # The file beside this one comes first: it puts the stages on Python's path.
 from toy_world import ROOT, SIZE, WEIGHTS_SHA256, draw_world, has_bfloat16, small_clip
-from eval import find_dataset, heat, colour_map, read_label, run, score_folder
+from eval import Parser, find_dataset, heat, colour_map, read_label, run, score_folder
 from eval import write_json, write_label, write_text, write_whole
 from stage1_cam import Machine, cam_scores, read_checkpoint
 from stage2_weakclip import MASK_CRF, PAPER, RELEASED, mask_from
@@ -481,7 +481,7 @@ def at_least(low: int):
 
 def parse_args(argv=None):
     """The options of the command line."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = Parser(description=__doc__.splitlines()[0])
     p.add_argument("--world", type=at_least(0), default=0,
                    help="which world is drawn [%(default)s]")
     p.add_argument("--runs", type=Path, default=ROOT / "runs/toy",

@@ -20,7 +20,6 @@ The stages know nothing of all this; they are run with options that any dataset 
 All random choices of a picture are drawn from one generator, in a fixed order: who swaps two lines
 that draw, even if they seem independent, draws another world (`drawing_digest` tells).
 """
-import argparse
 import hashlib
 import json
 import math
@@ -36,7 +35,7 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import clip
-from eval import run, write_json, write_label, write_text, write_whole
+from eval import Parser, run, write_json, write_label, write_text, write_whole
 from stage1_cam import Machine
 from stage2_weakclip import CLIP_MEAN, CLIP_STD
 
@@ -727,7 +726,7 @@ def small_clip(runs: Path) -> Path:
 
 def main():
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = Parser(description=__doc__.splitlines()[0])
     p.add_argument("--runs", type=Path, default=ROOT / "runs/toy",
                    help="where it is written [%(default)s]")
     what = p.add_mutually_exclusive_group(required=True)
