@@ -1,6 +1,24 @@
 """The two encoders of CLIP: a vision transformer for images, a causal transformer for texts, one
 space for both.
 
+CLIP was trained on 400 million pairs of a picture and the text beside it on the web. An image
+encoder f and a text encoder g map both to vectors of one length, and of a batch's B x B cosines
+those of the true pairs are to be the largest in their row and in their column. So a class needs no
+training pictures, only a name: the picture belongs to the text whose vector points its way.
+
+    image (B, 3, 224, 224)                       text "a cat"
+      | 16 x 16 patches, 14 x 14 of them           | tokenizer.py
+      v                                            v
+    196 vectors and a class token                49406 320 2368 49407 0 0 ...
+      | + positions, ln_pre                        | table of vectors, + positions
+      | 12 blocks, all tokens see all              | 12 blocks, each token sees those before it
+      v                                            v
+    the class token, ln_post, projection         the end token, ln_final, projection
+      v                                            v
+    f (B, 512)  ------------ exp(logit_scale) * cosine(f, g) ------------  g (B, 512)
+
+The sizes are those of ViT-B/16: 86,192,640 numbers in the image encoder, 63,428,097 beside it.
+
 B batch, L tokens of a sequence, C channels, H W pixels, h w patch grid. Sequences are (B, L, C)
 throughout, where OpenAI's code has (L, B, C). Parameter names are those of OpenAI's state dicts, so
 that official weights load strictly.
@@ -11,60 +29,73 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# OpenAI's archives carry three scalars beside the weights; the same numbers stand in the weights'
-# shapes
+# OpenAI's archives carry three scalars beside the weights; the shapes of the weights say the same.
 EXTRA_KEYS = ("input_resolution", "context_length", "vocab_size")
 
 
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), element by element.
+# ----------------------------------------------------------------------------- the transformer
 
-    A fast approximation of GELU, x * Phi(x). CLIP was trained with it, and the two differ by up to
-    0.02: the exact GELU, twelve blocks on end, would give other features than those that the text
-    encoder was matched with.
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), element by element: 0 far below zero, x far above it.
+
+    A fast approximation of GELU, x * Phi(x), with Phi the normal distribution's. They differ by
+    0.020 at most, at x = 2.27 and x = -2.27. CLIP was trained with this one: the exact GELU, twelve
+    blocks on end, would give other features than those that the text encoder was matched with.
+    AUDIT.md: (39).
     """
 
     def forward(self, x):
-        gate = (1.702 * x).sigmoid_()
-        # Without a graph nobody needs the gate again: the product takes its memory.
-        return x * gate if torch.is_grad_enabled() else gate.mul_(x)
+        return x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, L, C) -> (B, L, C).
+    """Multi-head self-attention, (B, L, C) -> (B, L, C): every token gathers from the others.
 
-    The projections of query, key and value are stacked in one matrix (3C, C), as in OpenAI's
-    weights.
+    In each head, d = C / heads channels wide,
+
+        a[i, j] = softmax over j of  q[i] . k[j] / sqrt(d) ,      out[i] = sum_j a[i, j] v[j]
+
+    where q (what token i looks for), k (what token j offers) and v (what is passed on) are linear
+    maps of the tokens. A sum of d products of numbers of size 1 is of size sqrt(d), 8 in CLIP's
+    heads of d = 64: divided by that, the softmax begins neither flat nor as a hard choice.
+    The three projections are stacked in one matrix (3C, C), as in OpenAI's weights.
+    heads: by default as many as are 64 wide.
     """
 
     def __init__(self, width, heads):
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} cannot be split among {heads} heads")
-        self.heads = heads
+        self.heads = heads or max(1, width // 64)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+        # A sum over `width` inputs of size 1 keeps size 1.
         nn.init.normal_(self.in_proj_weight, std=width ** -0.5)
 
     def split(self, x):
         """(B, L, C) -> query, key, value, each (B, heads, L, C / heads)."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)              # (B, L, 3C)
+        # Channels lie in the order q, k, v, and within each head by head.
         qkv = qkv.unflatten(2, (3, self.heads, -1))                 # (B, L, 3, heads, C / heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x, mask=None):
         """mask (L, L) bool: whether the row's token attends to the column's; None: all to all."""
         q, k, v = self.split(x)
-        # softmax(q k' / sqrt(C / heads)) v; the library's version never writes the (L, L) matrix
-        # out
+        # softmax(q k' / sqrt(d)) v. The library's version works in blocks and never writes the
+        # (L, L) matrix out. CLIP-ES needs that matrix: stage1_cam.py takes q and k from `split`.
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, L, C / heads)
+        # The heads stand side by side again, and out_proj mixes them.
         return self.out_proj(x.transpose(1, 2).flatten(2))                     # (B, L, C)
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block, (B, L, C) -> (B, L, C): x += attention(ln_1 x), then x +=
-    mlp(ln_2 x)."""
+    """Pre-norm transformer block, (B, L, C) -> (B, L, C).
+
+        x = x + attention(ln_1(x))      tokens exchange what they know
+        x = x + mlp(ln_2(x))            each token works on what it got, alone
+
+    The norms stand inside the branches, so that x itself runs through all blocks as a plain sum.
+    """
 
     def __init__(self, width, heads, layers):
         super().__init__()
@@ -77,7 +108,7 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
         self.ln_2 = nn.LayerNorm(width)
         # 2 * layers outputs are added up. Were each of the usual size, the sum would grow with the
-        # depth; so each starts smaller by sqrt(2 * layers), and the sum keeps its size.
+        # depth; so each starts smaller by sqrt(2 * layers), 4.9 for 12, and the sum keeps its size.
         for last in (self.attn.out_proj, self.mlp.c_proj):
             nn.init.normal_(last.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
         nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -101,19 +132,27 @@ class Transformer(nn.Module):
         return x
 
 
-def causal_mask(L: int, device=None) -> torch.Tensor:
-    """(L, L) bool for `Attention`: each token attends to itself and those before it."""
+def causal_mask(L, device=None):
+    """(L, L) bool for `Attention`: each token attends to itself and those before it.
+
+    For L = 4, row by row: 1000, 1100, 1110, 1111.
+    """
     return torch.ones(L, L, dtype=torch.bool, device=device).tril()
 
 
-def resize_positions(table: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """Positional table (1 + h*w, C) of an h x w grid; the table itself where its grid is h x w
-    already.
+# --------------------------------------------------------------------------- the image encoder
+
+def resize_positions(table, h, w):
+    """Positional table (1 + h*w, C) of an h x w grid; the table itself where its grid is h x w.
 
     table (1 + side*side, C): row 0 belongs to the class token, the others to a square grid, row by
     row. A position's vector is learned, but neighbours' vectors are alike, so that the grid can be
     treated as a picture with C channels and resized (bilinearly, align_corners False). The class
-    token has no place in it: its row is kept.
+    token has no place in it: its row is kept. One channel of a 2 x 2 grid, made 2 x 4:
+
+        0   4      0   1   3   4
+        8  12      8   9  11  12
+    AUDIT.md: (41).
     """
     side = math.isqrt(table.shape[0] - 1)
     if (h, w) == (side, side):
@@ -125,13 +164,19 @@ def resize_positions(table: torch.Tensor, h: int, w: int) -> torch.Tensor:
 
 
 class VisionTransformer(nn.Module):
-    """Image encoder: image (B, 3, H, W) -> feature (B, output_dim), not normalised."""
+    """Image encoder: image (B, 3, H, W) -> feature (B, output_dim), not normalised.
+
+    An image becomes a sequence: each patch of 16 x 16 pixels, 768 numbers in three colours, is one
+    token. 224 x 224 pixels make 14 x 14 patches and, with the class token, L = 197.
+    AUDIT.md: (36).
+    """
 
     def __init__(self, resolution, patch, width, layers, heads, output_dim):
         super().__init__()
+        # `width` numbers of this size make a vector of length 1.
         scale = width ** -0.5
         positions = (resolution // patch) ** 2 + 1
-        # a convolution whose stride is its size is a linear map of each patch
+        # A convolution whose stride is its size is one linear map, the same for each patch.
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(positions, width))
@@ -140,11 +185,13 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
 
-    def embed(self, image: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def embed(self, image, positions=None):
         """Tokens (B, 1 + h*w, C) that enter the first block, the class token first.
 
-        image (B, 3, H, W) normalised; pixels beyond a multiple of the patch size are dropped by the
-        convolution.
+            x = ln_pre([class; conv1(patch 1); ...; conv1(patch h*w)] + positions)
+
+        image (B, 3, H, W), normalised with CLIP's mean and std; pixels beyond a multiple of the
+        patch size are dropped by the convolution, so h = H // patch and w = W // patch.
         positions (1 + h*w, C): the positional table for this grid; by default CLIP's own, resized.
         """
         x = self.conv1(image)                                                  # (B, C, h, w)
@@ -154,6 +201,8 @@ class VisionTransformer(nn.Module):
         # The class token holds no patch. It starts alike in every image and gathers what the blocks
         # find there.
         class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)   # (B, 1, C)
+        # Attention does not see order: shuffled tokens would give shuffled outputs. Where a patch
+        # lies is known only by the vector added here.
         x = torch.cat([class_token, x], 1) + positions.to(x.dtype)             # (B, 1 + h*w, C)
         # Blocks add to x and never rescale it. Patches, class token and positions come in sizes of
         # their own; ln_pre (CLIP's addition to ViT) brings every token to one size before the first
@@ -162,8 +211,12 @@ class VisionTransformer(nn.Module):
 
     def forward(self, image):
         x = self.transformer(self.embed(image))                                # (B, 1 + h*w, C)
+        # Only the class token was trained to lie near texts. WeakCLIP and CLIP-ES send the patches'
+        # tokens through the same two maps.
         return self.ln_post(x[:, 0]) @ self.proj                               # (B, output_dim)
 
+
+# -------------------------------------------------------------------------------- both together
 
 class CLIP(nn.Module):
     """CLIP with a vision transformer. Sizes are named as in OpenAI's constructor; the defaults are
@@ -172,128 +225,108 @@ class CLIP(nn.Module):
     Head counts cannot be read from a state dict, since all heads lie in one matrix. All of OpenAI's
     transformers have heads 64 wide: where a count is not given, it is width // 64. Initial weights
     follow the CLIP paper's code (text table std 0.02, positions 0.01, projections width**-0.5).
+    AUDIT.md: (38).
     """
 
-    def __init__(
-        self,
-        embed_dim: int = 512,
-        image_resolution: int = 224,
-        vision_layers: int = 12,
-        vision_width: int = 768,
-        vision_patch_size: int = 16,
-        context_length: int = 77,
-        vocab_size: int = 49408,
-        transformer_width: int = 512,
-        transformer_heads: int | None = None,
-        transformer_layers: int = 12,
-        vision_heads: int | None = None,
-    ):
+    def __init__(self, embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768,
+                 vision_patch_size=16, context_length=77, vocab_size=49408, transformer_width=512,
+                 transformer_heads=None, transformer_layers=12, vision_heads=None):
         super().__init__()
-        vision_heads = vision_heads or max(1, vision_width // 64)
-        transformer_heads = transformer_heads or max(1, transformer_width // 64)
-        scale = transformer_width ** -0.5
-        self.context_length = context_length
-        self.visual = VisionTransformer(
-            resolution=image_resolution,
-            patch=vision_patch_size,
-            width=vision_width,
-            layers=vision_layers,
-            heads=vision_heads,
-            output_dim=embed_dim,
-        )
-        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads)
-        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
-        positions = torch.randn(context_length, transformer_width)
-        self.positional_embedding = nn.Parameter(0.01 * positions)
-        self.ln_final = nn.LayerNorm(transformer_width)
-        self.text_projection = nn.Parameter(scale * torch.randn(transformer_width, embed_dim))
-        # the logarithm of 1 / temperature: whatever training does to it, the temperature stays
-        # positive
+        width = transformer_width
+        self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width,
+                                        vision_layers, vision_heads, embed_dim)
+        self.transformer = Transformer(width, transformer_layers, transformer_heads)
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, embed_dim))
+        # The logarithm of 1 / temperature: whatever training does to it, the temperature stays
+        # positive. It began at log(1 / 0.07) = 2.66 and ended at its limit, log(100) = 4.61.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, torch.Tensor], **heads: int) -> "CLIP":
+    def from_state_dict(cls, state, **heads):
         """The model that a state dict (OpenAI's names) belongs to, loaded strictly, in float32 and
-        in eval mode.
+        in eval mode. The numbers are copied.
 
         heads: `vision_heads`, `transformer_heads` where they are not width // 64.
-        Raises ValueError where a key is missing, unexpected or of another shape.
+        Raises ValueError (one line) where a key is missing, unexpected or of another shape.
+        AUDIT.md: (15).
         """
-        state = {k: v for k, v in state.items() if k not in EXTRA_KEYS}
-        sizes = sizes_of(state)
+        if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+            raise ValueError("not a state dict: a dict of tensors by name was expected")
+        if any(str(name).startswith(("text_model.", "vision_model.")) for name in state):
+            raise ValueError("HuggingFace's form of CLIP (text_model.*, vision_model.*); "
+                             "wanted is OpenAI's ViT-B-16.pt or its state dict")
+        # OpenAI's archives hold half precision, which CPUs are slow in and training is unstable in.
+        floats = {name: value.detach().to(torch.float32, copy=True)
+                  for name, value in state.items() if name not in EXTRA_KEYS}
         try:
-            # Sizes come from a file that may claim any. On the "meta" device a model has shapes but
-            # no memory; `assign` then makes the state's own tensors its parameters, after their
-            # shapes were compared.
+            # On the "meta" device a model has shapes but no memory, so that 150 million numbers
+            # need not be drawn first; `assign` then makes the copies its parameters.
             with torch.device("meta"):
-                model = cls(**sizes, **heads)
-            copies = {k: as_float(v) for k, v in state.items()}
-            model.load_state_dict(copies, assign=True)
-        except (ArithmeticError, RuntimeError) as e:
-            raise ValueError(f"CLIP weights do not fit: {' '.join(str(e).split())}") from None
+                model = cls(**sizes_of(floats), **heads)
+            model.load_state_dict(floats, assign=True)
+        except (LookupError, RuntimeError) as e:
+            raise ValueError("not the weights of a CLIP with a vision transformer, "
+                             f"missing or wrong: {' '.join(str(e).split())}") from None
         return model.eval()
 
-    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, image):
         """Features (B, embed_dim), not normalised, of images (B, 3, H, W) normalised with CLIP's
         mean and std."""
         return self.visual(image)
 
-    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+    def encode_text(self, tokens):
         """Features (B, embed_dim), not normalised, of tokens (B, L) int64 from `tokenize`.
+
+            g = ln_final(transformer(embedding[tokens] + positions))[end] @ text_projection
 
         The mask is causal (CLIP kept it so that the encoder could start as a language model), so a
         token knows only what stands before it: the end token is the one that has seen the whole
         text, and the zeros that pad it are seen by none. So the feature is read there.
+        AUDIT.md: (37).
         """
         L = tokens.shape[1]
         x = self.token_embedding(tokens) + self.positional_embedding[:L]       # (B, L, C)
         x = self.ln_final(self.transformer(x, causal_mask(L, x.device)))       # (B, L, C)
-        end = tokens.argmax(1)  # the end token's id is the largest of all
-        rows = torch.arange(len(x), device=x.device)
-        return x[rows, end] @ self.text_projection                             # (B, embed_dim)
+        # The end token's id, 49407, is the largest of all; of several the first is taken.
+        end = tokens.argmax(1)                                                 # (B,)
+        # x[0, end[0]], x[1, end[1]], ...: (B, C), and projected (B, embed_dim)
+        return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
 
     def forward(self, image, tokens):
-        """logits_per_image (B_image, B_text) = exp(logit_scale) * cosine, and its transpose."""
-        image = F.normalize(self.encode_image(image), dim=1)
+        """logits_per_image (B_image, B_text) = exp(logit_scale) * cosine, and its transpose.
+
+        A softmax over a row says which text belongs to the image. With the scale 100, a cosine
+        larger by 0.01 makes a text e times as likely: CLIP's cosines lie close together.
+        AUDIT.md: (40).
+        """
+        image = F.normalize(self.encode_image(image), dim=1)                   # unit length
         text = F.normalize(self.encode_text(tokens), dim=1)
-        logits = self.logit_scale.exp() * image @ text.T
+        logits = self.logit_scale.exp() * image @ text.T                       # (B_image, B_text)
         return logits, logits.T
 
 
-def as_float(tensor):
-    """A copy in float32, in rows; the state dict that it comes from stays its owner's."""
-    return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-
-
 def sizes_of(state):
-    """Arguments of CLIP() by name, from the shapes in a state dict. Raises ValueError where a
-    tensor is missing."""
-    def size(name, axis):
-        if name not in state:
-            raise ValueError(f"not the weights of a CLIP with a vision transformer: no {name!r}")
-        if axis >= state[name].dim():
-            raise ValueError(f"CLIP weights do not fit: {name!r} has too few dimensions")
-        return state[name].shape[axis]
+    """Arguments of CLIP() by name, from the shapes in a state dict. Raises KeyError where one of
+    the tensors is missing.
 
-    patches = max(size("visual.positional_embedding", 0) - 1, 0)  # without the class token's row
-    patch = size("visual.conv1.weight", 3)
+    ViT-B/16: 197 positions are 1 + 14 * 14, and 14 patches of 16 make 224 pixels.
+    """
+    width, _, _, patch = state["visual.conv1.weight"].shape
+    # One norm ln_1 stands in each block, and its weights have names like
+    # visual.transformer.resblocks.11.ln_1.bias and transformer.resblocks.11.ln_1.bias.
+    norms = [name for name in state if name.endswith(".ln_1.bias")]
     return {
-        "embed_dim": size("text_projection", 1),
-        "image_resolution": math.isqrt(patches) * patch,
-        "vision_layers": count_blocks(state, "visual.transformer"),
-        "vision_width": size("visual.conv1.weight", 0),
+        "embed_dim": state["text_projection"].shape[1],
+        "image_resolution": math.isqrt(len(state["visual.positional_embedding"]) - 1) * patch,
+        "vision_layers": sum(name.startswith("visual.") for name in norms),
+        "vision_width": width,
         "vision_patch_size": patch,
-        "context_length": size("positional_embedding", 0),
-        "vocab_size": size("token_embedding.weight", 0),
-        "transformer_width": size("ln_final.weight", 0),
-        "transformer_layers": count_blocks(state, "transformer"),
+        "context_length": state["positional_embedding"].shape[0],
+        "vocab_size": state["token_embedding.weight"].shape[0],
+        "transformer_width": state["ln_final.weight"].shape[0],
+        "transformer_layers": sum(name.startswith("transformer.") for name in norms),
     }
-
-
-def count_blocks(state, prefix):
-    """Number of transformer blocks whose weights are in a state dict,
-    `<prefix>.resblocks.<number>.<...>`."""
-    start = f"{prefix}.resblocks."
-    numbers = {name[len(start):].split(".")[0] for name in state if name.startswith(start)}
-    return len(numbers)

@@ -1,115 +1,183 @@
-"""CLIP's weights: where they come from, and the model they make (how files are read:
-archive.py)."""
+"""CLIP's weights: where they come from, how a stranger's file is read, the model they make.
+
+A file that torch.save writes is a pickle and, beside it, raw numbers ("storages"). A pickle is a
+program for a small stack machine, and Python's machine imports and calls what it names: a
+stranger's file could do anything. `Reader` is that machine with four names to call and nothing
+else. Three layouts are read:
+
+    zip          torch.save since 2020: <root>/data.pkl, and a record <root>/data/<key> per storage
+    TorchScript  the same with compiled code beside it, which is not looked at; OpenAI's CLIP files
+    legacy       torch.save before that: five pickles, then all storages one after another
+"""
 import hashlib
-import http.client
-import os
-import time
-import urllib.error
-import urllib.request
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
-from tqdm import tqdm
+import numpy as np
+import torch
 
-from .archive import read_state_dict
 from .model import CLIP
 
 URL = "https://openaipublic.azureedge.net/clip/models/{digest}/{file}"
 # name -> sha256 of OpenAI's archive, which is also a part of its URL. Only the model that stage 2's
 # adapter is made for.
+# AUDIT.md: (42).
 MODELS = {"ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"}
-BLOCK = 1 << 20  # bytes read at once
-ABANDONED = 3600  # seconds without a new byte after which an unfinished download is a killed run's
 
 
-def file_sha256(path: str | Path) -> str:
+def file_sha256(path):
     """sha256 of a file, in hexadecimal."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(BLOCK):
-            sha.update(block)
-    return sha.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def cached_file(url: str, digest: str, instead: str, folder="~/.cache/clip") -> Path:
+def fetch(url, digest, folder, instead):
     """Path of the file behind `url`, downloaded once into `folder`, with a progress bar.
 
-    instead: the option that does without, for the error of a download that fails.
     digest: sha256 in hexadecimal, or its beginning. It is compared at every call, not after the
     download alone: a file that was cut or changed since is named, not used.
-    Raises ValueError where the digest differs, OSError where the network or the disk fails; both
-    are one line.
+    folder: may begin with ~. instead: the option that does without, for the message.
+    Raises ValueError (one line) where the network, the disk or the digest is at fault.
     """
-    folder = Path(folder).expanduser()
-    path = folder / url.rsplit("/", 1)[1]
-    if path.is_file():
-        if not file_sha256(path).startswith(digest):
-            raise ValueError(f"{path}: cut or changed, its sha256 is not {digest[:12]}...; "
-                             "delete the file, it is fetched anew")
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(path)
-    # The bytes land beside their place and are renamed when all of them are right: no run ever sees
-    # half a file.
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    place = Path(folder, url.rsplit("/", 1)[1])
     try:
-        download(url, part, path, instead)
-        if not file_sha256(part).startswith(digest):
-            raise ValueError(f"{url}: what came has another sha256 than {digest[:12]}...; "
-                             "try again")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        path = place.expanduser()
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
+        found = file_sha256(path)
+    except Exception as e:  # network, disk, digest, no home: each has exceptions of its own
+        raise ValueError(f"cannot fetch {url} to {place} ({e}); "
+                         f"fetch it elsewhere and give {instead}") from None
+    if not found.startswith(digest):
+        raise ValueError(f"{path}: cut or changed, its sha256 is not {digest[:12]}...; "
+                         "delete the file, it is fetched anew")
     return path
 
 
-def remove_abandoned(path):
-    """Delete what killed runs have left of downloading `path`; another process may be at it just
-    now."""
-    for part in path.parent.glob(path.name + ".*.part"):
-        try:
-            if time.time() - part.stat().st_mtime > ABANDONED:
-                part.unlink()
-        except FileNotFoundError:  # that process has finished
-            pass
-
-
-def download(url, part, path, instead):
-    """Write what is behind `url` to the file `part`, down to the disk. Raises OSError saying what
-    to do instead."""
-    try:
-        with urllib.request.urlopen(url, timeout=30) as source, open(part, "wb") as out:
-            size = int(source.headers.get("Content-Length", 0)) or None
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
-                while block := source.read(BLOCK):
-                    out.write(block)
-                    bar.update(len(block))
-            out.flush()
-            os.fsync(out.fileno())  # a rename may reach the disk before the bytes do
-    except (OSError, http.client.HTTPException) as e:
-        reason = getattr(e, "reason", None) or getattr(e, "strerror", None) or type(e).__name__
-        raise OSError(f"cannot download {url} ({reason}); "
-                      f"fetch it elsewhere and put it at {path}, or give {instead}") from None
-
-
-def locate(name: str | Path) -> Path:
+def locate(name):
     """Path of the weights that `--clip` names: a file's own, or that of a model's download. Raises
     ValueError."""
     if name in MODELS:
-        file = name.replace("/", "-") + ".pt"
-        return cached_file(URL.format(digest=MODELS[name], file=file), MODELS[name],
-                           "--clip FILE")
+        url = URL.format(digest=MODELS[name], file=name.replace("/", "-") + ".pt")
+        return fetch(url, MODELS[name], "~/.cache/clip", "--clip FILE")
     if Path(name).is_file():
         return Path(name)
     raise ValueError(f"--clip {name}: neither a file nor one of {', '.join(MODELS)} "
                      "(the pyramid adapter is made for patch 16)")
 
 
-def load(name: str | Path) -> CLIP:
-    """CLIP in float32 on the CPU, in eval mode, by name ("ViT-B/16") or from a file. Raises
-    ValueError naming it."""
-    path = locate(name)
-    state = read_state_dict(path)
+def load(path):
+    """CLIP in float32 on the CPU, in eval mode, from OpenAI's archive or a state dict. Raises
+    ValueError naming the file."""
+    state = read_file(path, "CLIP")
     try:
         return CLIP.from_state_dict(state)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
+
+
+# --------------------------------------------------------------------------- strangers' files
+
+class Inert:
+    """Stands for an object of any class that is not known. What a pickle does with it does nothing,
+    except that its state (attributes by name) is kept."""
+
+    state = {}
+
+    def ignore(self, *args, **kwargs):
+        """Take anything, do nothing."""
+
+    __init__ = __setitem__ = append = extend = add = ignore
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+def rebuild_tensor(storage, offset, size, stride, *rest):
+    """A view into a storage. torch refuses one that reaches beyond it."""
+    return torch.empty(0, dtype=storage.dtype).set_(storage, offset, size, stride)
+
+
+def rebuild_parameter(tensor, *rest):
+    """The tensor of an nn.Parameter."""
+    return tensor
+
+
+KNOWN = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
+}
+# A storage's class says what its numbers are: torch.HalfStorage -> torch.float16
+for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool"):
+    KNOWN["torch", f"{kind}Storage"] = getattr(torch, f"{kind}Tensor").dtype
+
+
+class Reader(pickle.Unpickler):
+    """Python's machine for pickles, where a name means what KNOWN says, or else an inert class."""
+
+    def find_class(self, module, name):
+        """The one way by which a pickle gets at anything outside of it."""
+        return KNOWN.get((module, name)) or type(name, (Inert,), {})
+
+
+# What torch.load uses of the module `pickle`
+PICKLE = SimpleNamespace(__name__="pickle", Unpickler=Reader,
+                         load=lambda f, **options: Reader(f, **options).load())
+
+
+def read_zip(path):
+    """Value of a zip that torch wrote; of a TorchScript archive its state dict.
+
+    torch.load is not asked: it hands an archive to torch.jit.load, which may run its code.
+    """
+    with zipfile.ZipFile(path) as records:
+        root = records.namelist()[0].split("/")[0]
+
+        @cache  # one storage, however many tensors are views of it
+        def storage(pid):
+            _, dtype, key, _, _ = pid  # "storage", torch.float16, "0", "cpu", its length
+            data = np.frombuffer(bytearray(records.read(f"{root}/data/{key}")), np.uint8)
+            return torch.from_numpy(data).view(dtype)
+
+        reader = Reader(io.BytesIO(records.read(f"{root}/data.pkl")))
+        reader.persistent_load = storage
+        value = reader.load()
+        return flatten(value) if f"{root}/constants.pkl" in records.namelist() else value
+
+
+def flatten(module, prefix=""):
+    """Tree of a TorchScript archive's modules -> {"visual.conv1.weight": tensor}."""
+    state = {}
+    for name, value in module.state.items():
+        if isinstance(value, Inert):
+            state |= flatten(value, f"{prefix}{name}.")
+        elif torch.is_tensor(value):
+            state[prefix + name] = value
+    return state
+
+
+def read_file(path, what):
+    """Dicts, lists, numbers, strings and tensors (CPU) of a file that somebody's torch wrote.
+
+    Objects of other classes, such as a config, come out as `Inert`: nothing of the file is run.
+    what: what the file should be, for the message. Raises ValueError (one line) for any other file.
+    AUDIT.md: (43).
+    """
+    try:
+        with open(path, "rb") as f:
+            start = f.read(2)
+        if start == b"PK":
+            return read_zip(path)
+        if start[:1] == b"\x80":  # the first instruction of a pickle
+            return torch.load(path, map_location="cpu", pickle_module=PICKLE, weights_only=False)
+        raise ValueError("torch.save did not write it")
+    except Exception as e:  # a broken file can raise nearly anything
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise ValueError(f"{path}: not a readable {what} ({reason})") from None

@@ -1,4 +1,4 @@
-"""What the tests share: a small drawn dataset, a tiny CLIP, a way to run the scripts as a user would."""
+"""What the tests share: a small drawn dataset, a tiny CLIP, and two ways to run a script."""
 import importlib
 import json
 import os
@@ -14,19 +14,20 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import clip
-from eval import run, write_label, write_text
+from eval import note, run, write_label, write_text
 
 CLASSES = ("background", "cat", "dog", "traffic light")
 COLOURS = {1: (210, 60, 40), 2: (50, 90, 210), 3: (240, 210, 60)}
 
 
 def draw_scene(rng, H, W, classes):
-    """Noise in the background, one plain shape per class -> image (H, W, 3) uint8, true mask (H, W) uint8."""
+    """One plain shape a class, on noise -> photo (H, W, 3) uint8, true mask (H, W) uint8."""
     image = Image.fromarray(rng.integers(90, 130, (H, W, 3), dtype=np.uint8))
     mask = Image.new("L", (W, H))
     for n, k in enumerate(classes):
         r = min(H, W) // 3
-        x, y = int(W * (n + 0.5) / len(classes)), int(rng.integers(r, H - r))
+        x = int(W * (n + 0.5) / len(classes))
+        y = int(rng.integers(r, H - r))
         box = (x - r + 4, y - r + 2, x + r - 4, y + r - 2)
         shape = "rectangle" if k == 2 else "ellipse"
         getattr(ImageDraw.Draw(image), shape)(box, fill=COLOURS[k])
@@ -35,31 +36,31 @@ def draw_scene(rng, H, W, classes):
 
 
 def draw_dataset(folder, train=6, val=2, seed=0):
-    """A dataset folder in VOC's layout, with true masks, and seeds (masks with an unsure rim) in `folder`/seeds."""
+    """A dataset in VOC's layout, with true masks, and `folder`/seeds: masks with an unsure rim."""
     rng, lines = np.random.default_rng(seed), []
+    (folder / "JPEGImages").mkdir(parents=True, exist_ok=True)
     for split, n in (("train", train), ("val", val)):
         ids = [f"{split}_{i}" for i in range(n)]
         for i, name in enumerate(ids):
             classes = [1 + i % 3] if i % 2 else [1 + i % 3, 1 + (i + 1) % 3]
-            image, mask = draw_scene(rng, int(rng.integers(60, 90)), int(rng.integers(90, 120)), classes)
-            path = folder / "JPEGImages" / f"{name}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path, quality=95)
+            H, W = int(rng.integers(60, 90)), int(rng.integers(90, 120))
+            image, mask = draw_scene(rng, H, W, classes)
+            Image.fromarray(image).save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
             write_label(folder / "SegmentationClass" / f"{name}.png", mask)
-            seed_map = mask.copy()
-            seed_map[:3] = 255
-            write_label(folder / "seeds" / f"{name}.png", seed_map)
+            mask[:3] = 255
+            write_label(folder / "seeds" / f"{name}.png", mask)
             lines.append(f"{name} " + ", ".join(CLASSES[k] for k in sorted(set(classes))))
-        write_text(folder / "ImageSets" / "Segmentation" / f"{split}.txt", "\n".join(ids) + "\n")
+        write_text(folder / f"ImageSets/Segmentation/{split}.txt", "\n".join(ids) + "\n")
     write_text(folder / "image_labels.txt", "\n".join(lines) + "\n")
     write_text(folder / "classes.txt", "\n".join(CLASSES) + "\n")
     return folder
 
 
 def tiny_clip():
+    """A CLIP of three narrow blocks with random weights, the same each time."""
     torch.manual_seed(0)
-    return clip.CLIP(embed_dim=64, image_resolution=64, vision_layers=3, vision_width=64, transformer_width=64,
-                     transformer_layers=1)
+    return clip.CLIP(embed_dim=64, image_resolution=64, vision_layers=3, vision_width=64,
+                     transformer_width=64, transformer_layers=1)
 
 
 @pytest.fixture(scope="session")
@@ -74,28 +75,36 @@ def clip_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def nothing_noted_yet():
+    """`note` says a text once in a process; each test is to hear it."""
+    note.cache_clear()
+
+
+def last_line(said):
+    """The last line of what was said, without the progress bars before it."""
+    return said.strip().split("\r")[-1].splitlines()[-1]
+
+
 def script(name, *options, ok=True, env=None):
-    """Run a script of the project; returns what it printed. A refused run must be one line and exit status 2."""
-    r = subprocess.run([sys.executable, ROOT / name, *map(str, options)], capture_output=True, text=True, cwd=ROOT,
-                       env={**os.environ, "OMP_NUM_THREADS": "2", **(env or {})})
-    if ok:
-        assert r.returncode == 0, r.stderr
-        return r.stdout
-    assert r.returncode == 2 and "Traceback" not in r.stderr, r.stderr
-    return r.stderr.strip().split("\r")[-1].splitlines()[-1]
+    """Run a script of the project -> what it printed; of a refused run its line (status 2)."""
+    done = subprocess.run([sys.executable, ROOT / name, *map(str, options)], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, **(env or {})})
+    assert done.returncode == (0 if ok else 2), done.stderr
+    return done.stdout if ok else last_line(done.stderr)
 
 
 @pytest.fixture()
 def call(monkeypatch, capsys):
-    """Run a script's main() in this process, which is quicker: call(name, options...) -> what it printed."""
+    """Run a script's main() in this process: call(name, options...) -> as `script`, but sooner."""
     def call(name, *options, ok=True):
         monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
         capsys.readouterr()
         try:
             run(importlib.import_module(name.removesuffix(".py")).main)
-        except SystemExit as e:
-            said = capsys.readouterr().err.strip().split("\r")[-1].splitlines()[-1]
-            assert not ok and e.code == 2, said
+        except SystemExit as end:
+            said = last_line(capsys.readouterr().err)
+            assert not ok and end.code == 2, said
             return said
         assert ok, "it should have been refused"
         return capsys.readouterr().out
@@ -103,4 +112,5 @@ def call(monkeypatch, capsys):
 
 
 def read_json(path):
+    """The value in a JSON file."""
     return json.loads(Path(path).read_text())
