@@ -813,8 +813,7 @@ def confusion(truth, prediction, K):
     row = truth[scored].astype(np.int64)                                 # (n,)
     column = np.minimum(prediction[scored].astype(np.int64), K)          # (n,)
     # Each pair (row, column) is one number, and one count over all pixels is the whole matrix.
-    counts = np.bincount(row * (K + 1) + column, minlength=K * (K + 1))
-    return counts.reshape(K, K + 1)
+    return np.bincount(row * (K + 1) + column, minlength=K * (K + 1)).reshape(K, K + 1)
 
 
 def scores(matrix):

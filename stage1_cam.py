@@ -187,8 +187,7 @@ def classifier_seed(model, image, present, crop, machine):
     """
     # Rounded before the seed is taken, so that whoever reads the file can make the same seed of it.
     cams = class_maps(model, image, present, crop, machine).half().cpu()      # (J, H/4, W/4)
-    seed = seeds_from_cams(present, cams, image.shape[:2])
-    return {"cam": cams}, seed
+    return {"cam": cams}, seeds_from_cams(present, cams, image.shape[:2])
 
 
 def write_seeds(make, data, ids, labels, machine, folder):
@@ -239,9 +238,8 @@ def resnet(arch, weights, dilations):
         weights = clip.fetch(url, url[-12:-4], cache, "--weights FILE, or none")
     if weights != "none":
         try:
-            state = clip.read_file(weights, "file of weights")
             # fc names ImageNet's classes and is never used: the file's is ignored, or absent.
-            load_trained(net, state, ("fc.",))
+            load_trained(net, clip.read_file(weights, "file of weights"), ("fc.",))
         except ValueError as error:
             raise ValueError(f"--weights {weights}: no {arch}'s ({error})") from None
     for layer, dilation in zip((net.layer3, net.layer4), dilations):
@@ -828,8 +826,9 @@ class Lattice:
         self.splat_start = F.pad(counts.cumsum(0), (1, 0)).int()       # (M+1,)
         self.splat_weights = weights.gather(1, point).flatten()
         # Blur: a vertex and its two neighbours along each axis.
-        self.blur_index = neighbours(vertices, places, total)          # (d+1, M+1, 3)
-        self.blur_weights = weights.new_tensor([1, 0.5, 0.5]).repeat(len(counts) + 1, 1)  # (M+1, 3)
+        self.blur_index = neighbours(vertices, places, total).flatten(1)  # (d+1, 3(M+1))
+        self.blur_weights = weights.new_tensor([1, 0.5, 0.5]).repeat(len(counts) + 1)
+        self.blur_start = 3 * torch.arange(len(counts) + 1, dtype=torch.int32, device=point.device)
         # Slice: a point sums its corners. From sorted order back to the points' own.
         self.slice_index = torch.empty_like(vertex).scatter_(1, point, vertex).t().contiguous()
         self.slice_weights = (weights / (1 + 2.0 ** -d)).t().contiguous()  # (BP, d+1)
@@ -851,7 +850,7 @@ class Lattice:
         for part in x.split(max(1, 2 ** 23 // len(x)), 1):
             part = part.contiguous()
             for index in self.blur_index:
-                part = weighted_sums(part, index, self.blur_weights)
+                part = weighted_sums(part, index, self.blur_weights, self.blur_start)
             parts.append(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -938,8 +937,7 @@ def simplex(features):
     # it, in the order of the walk, is -1/8, 1/8, and the weights are -1/8 - (1/8 - 1), 1/8 + 1/8.
     rest = (x - origin * (d + 1)) / (d + 1)
     rest = torch.empty_like(rest).scatter_(0, turn, rest)              # in the order of the walk
-    weights = rest.diff(dim=0, prepend=rest[d:] - 1)
-    return origin[:d], turn, weights
+    return origin[:d], turn, rest.diff(dim=0, prepend=rest[d:] - 1)    # the weights last
 
 
 def number_corners(origin, turn, B):
@@ -1010,8 +1008,7 @@ def softmax_rows(x, out):
     if x.shape[1] >= 16:
         return torch.softmax(x, 1, out=out)
     # torch works on vectors of 16 numbers; on shorter rows it takes six times as long as this.
-    x -= x.amax(1, keepdim=True)
-    x.exp_()
+    x.sub_(x.amax(1, keepdim=True)).exp_()
     return torch.div(x, x.sum(1, keepdim=True), out=out)
 
 

@@ -979,8 +979,7 @@ def make_optimizer(model, lr):
     fast = {"params": [], "base_lr": lr}
     slow = {"params": [], "base_lr": 0.0}
     for name, parameter in model.named_parameters():
-        group = slow if name.startswith(slow_parts) else fast
-        group["params"].append(parameter)
+        (slow if name.startswith(slow_parts) else fast)["params"].append(parameter)
     # A frozen CLIP is among the slow ones too: AdamW passes over what has no gradient.
     return torch.optim.AdamW([fast, slow], lr=lr, weight_decay=3e-5)
 
@@ -1110,13 +1109,13 @@ def slide(model, x, text):
     return total / count
 
 
-def probabilities(model, views, size):
+def probabilities(model, views, size, text):
     """Mean class probabilities (K, H, W) over the views of one photo.
 
-    views: (image (1, 3, h, w) normalised, mirrored?) of each; size (H, W) of the photo.
+    views: (image (1, 3, h, w) normalised, mirrored?) of each; size (H, W) of the photo;
+    text (K, D) from `WeakCLIP.encode_text`.
     AUDIT.md: (82).
     """
-    text = model.encode_text()  # (K, D); the same for all views, so computed once
     total = 0
     for x, mirrored in views:
         logits = slide(model, x.to(text.device), text)  # (1, K, h, w)
@@ -1126,7 +1125,7 @@ def probabilities(model, views, size):
         p = resize(logits, size).softmax(1)  # (1, K, H, W)
         # The mirror is undone last, when the view has the photo's size: resizing and softmax do
         # not care, and here all views meet pixel on pixel.
-        total = total + (p.flip(3) if mirrored else p)
+        total += p.flip(3) if mirrored else p
     return (total / len(views))[0]
 
 
@@ -1152,12 +1151,14 @@ def predictor(model, args, machine):
     """predict(photo (H, W, 3) uint8) -> class probabilities (K, H, W), over all views."""
     machine.place(model).eval()
     mean_std = mean_and_std(model.switches)
+    with torch.no_grad(), machine.autocast():
+        text = model.encode_text()  # (K, D); the same for all photos, so computed once
 
     @torch.no_grad()
     def predict(image):
         views = list(make_views(image, args, mean_std, model.crop))
         with machine.autocast():
-            return probabilities(model, views, image.shape[:2])[model.outputs]
+            return probabilities(model, views, image.shape[:2], text)[model.outputs]
     return predict
 
 
@@ -1508,8 +1509,7 @@ def main():
     folder = args.runs / dataset_name(args.data) / "2_weakclip"
     if args.images:  # needs a checkpoint (the run's, or --checkpoint) and CLIP, but no dataset
         machine = Machine(args.device, args.amp)
-        path = args.checkpoint or folder / "checkpoint.pt"
-        model, classes = open_checkpoint(path, args, machine)
+        model, classes = open_checkpoint(args.checkpoint or folder / "checkpoint.pt", args, machine)
         predict = predictor(model, args, machine)
         return mask_photos(predict, args, folder, machine, mask_crf(args), classes)
     data, machine, lists, learned = prepare(args, switches)

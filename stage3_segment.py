@@ -176,7 +176,7 @@ def train(model, data, ids, args, machine, folder):
             # adds each part's gradients to those of the parts before it.
             loss = mean_cross_entropy(logits, mask) / args.accumulate
             loss.backward()
-            total = total + loss.detach()
+            total += loss.detach()
         machine.average_gradients(model)
         optimizer.step()
         if machine.main and step % LOG_EVERY == 0:
@@ -206,7 +206,7 @@ def predictor(model, args, machine):
                 logits = model(x.to(machine.device))  # (1, K, h/8, w/8)
             # All views come to the photo's size; only there can they be added pixel on pixel.
             logits = resize(logits.float(), image.shape[:2])  # (1, K, H, W)
-            total = total + (logits.flip(3) if mirrored else logits)
+            total += logits.flip(3) if mirrored else logits
         views = len(args.scales) * (1 if args.no_flip else 2)
         return (total / views).softmax(1)[0]  # (K, H, W)
     return predict

@@ -5,11 +5,11 @@ run     python tests/bench.py                               # this checkout alon
         python tests/bench.py crf --against pydensecrf      # beside the published numbers' CRF
 prints  a row a case: the median of this checkout, of the other, and their ratio
 
-On a machine that is shared, wall time says what others did, and so does a single figure. Therefore
-CPU seconds are read, on one thread, and in pairs: each round is a process of its own, which imports
-the sources of one checkout, and they go by turns. Photos are smooth noise and weights are random:
-what a part costs does not depend on what is seen, but for the CRF, whose lattice grows with the
-variety of colours. Nothing is asserted.
+On a machine that is shared, wall time says what others did, and so does a single figure: the same
+work was seen to take a third more CPU seconds beside another program. Therefore CPU seconds are
+read, on one thread, in one process that has imported both checkouts, and they go by turns. Photos
+are smooth noise and weights are random: what a part costs does not depend on what is seen, but for
+the CRF, whose lattice grows with the variety of colours. Nothing is asserted.
 
 The other checkout may be commit 8197e13, the last before the sources were written anew: where its
 names differ there is a line that says so.
@@ -72,19 +72,25 @@ def draw_folder(folder, n=100):
     (folder / "image_labels.txt").write_text("".join(lines))
     ids = "\n".join(map(str, range(n)))
     (folder / "ImageSets" / "Segmentation" / "train.txt").write_text(ids)
+    return folder
 
 
 # ======================================================================================== the cases
 # Each makes what it needs and returns a function that does the work once. `code` has the modules of
 # the checkout that is measured, `code.old` says whether it is commit 8197e13.
 
+MODULES = ("clip", "eval", "stage1_cam", "stage2_weakclip", "stage3_segment")
+
+
 def import_code(folder, data):
-    """The modules of a checkout, by their names; data: the drawn folder."""
+    """A checkout's modules by their names, beside those of another; data: the drawn folder."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in MODULES]:
+        del sys.modules[name]
     sys.path.insert(0, str(folder))
-    names = ("clip", "eval", "stage1_cam", "stage2_weakclip", "stage3_segment")
-    modules = {name: importlib.import_module(name) for name in names}
+    modules = {name: importlib.import_module(name) for name in MODULES}
+    sys.path.remove(str(folder))
     old = hasattr(modules["stage2_weakclip"], "SeededImages")
-    return SimpleNamespace(**modules, old=old, folder=Path(folder), data=Path(data))
+    return SimpleNamespace(**modules, old=old, folder=Path(folder), data=data)
 
 
 def crf(code, K, B=1, size=PHOTO, constants=MASK_CRF):
@@ -178,56 +184,43 @@ def evaluation(code):
     return functools.partial(subprocess.run, command, check=True, capture_output=True)
 
 
-# part -> its cases: what is shown, the function, its options, how often a process does it.
+# part -> its cases: what is shown, the function, its options, how many rounds
 CASES = {
-    "crf": [*((f"dense CRF, 375 x 500, {K} labels", crf, {"K": K}, 3) for K in (4, 21, 81)),
+    "crf": [*((f"dense CRF, 375 x 500, {K} labels", crf, {"K": K}, 9) for K in (4, 21, 81)),
             ("CRF of the loss, 16 of 64 x 64, 21 labels", crf,
-             {"K": 21, "B": 16, "size": (64, 64), "constants": LOSS_CRF}, 9)],
-    "step": [("training step, float32", step, {"bf16": False}, 1),
-             ("training step, bfloat16", step, {"bf16": True}, 2)],
-    "masks": [("pseudo mask, 4 views and CRF", masks, {}, 1)],
-    "eval": [("eval.py, 100 photos", evaluation, {}, 3)],
-    "loader": [("loader, 8 samples of each stage", loader, {}, 3)]}
-ROUNDS = 5  # processes of each contestant; times differ more between two than within one
+             {"K": 21, "B": 16, "size": (64, 64), "constants": LOSS_CRF}, 25)],
+    "step": [("training step, float32", step, {"bf16": False}, 5),
+             ("training step, bfloat16", step, {"bf16": True}, 5)],
+    "masks": [("pseudo mask, 4 views and CRF", masks, {}, 3)],
+    "eval": [("eval.py, 100 photos", evaluation, {}, 9)],
+    "loader": [("loader, 8 samples of each stage", loader, {}, 9)]}
 
-
-# ============================================================================== contestants in turn
 
 def cpu_seconds():
     """Of this process and of those that it has waited for."""
     return time.process_time() + sum(os.times()[2:4])
 
 
-def serve(part, number, folder, data):
-    """A contestant's process: make ready, then print the seconds of each time."""
-    torch.set_num_threads(1)
-    _, function, options, times = CASES[part][int(number)]
-    once = function(None if folder == PYDENSECRF else import_code(folder, data), **options)
-    once()  # the first time costs more: memory is asked for, kernels are chosen
-    for _ in range(times):
-        start = cpu_seconds()
-        once()
-        print(cpu_seconds() - start)
+def compete(function, options, rounds, contestants):
+    """Median seconds of each contestant in a case, who go by turns."""
+    works = [function(code, **options) for code in contestants]
+    seconds = [[] for _ in works]
+    for _ in range(rounds + 1):
+        for work, own in zip(works, seconds):
+            start = cpu_seconds()
+            work()
+            own.append(cpu_seconds() - start)
+    # The first round costs more: memory is asked for, kernels are chosen.
+    return [statistics.median(own[1:]) for own in seconds]
 
 
-def compete(part, number, folders, data):
-    """Median seconds of each contestant in a case."""
-    seconds = [[] for _ in folders]
-    for _ in range(ROUNDS):
-        for folder, own in zip(folders, seconds):
-            command = [sys.executable, __file__, "--serve", part, str(number), str(folder), data]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
-            own += map(float, done.stdout.split())
-    return list(map(statistics.median, seconds))
-
+# ==================================================================================== command line
 
 def parse_args(argv=None):
-    """The options; --serve is for this file's own processes."""
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(CASES)} [all]")
     parser.add_argument("--against", metavar="DIR", help="another checkout, or pydensecrf (crf)")
-    parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.parts = args.parts or list(CASES)
     if not set(args.parts) <= set(CASES) or args.against == PYDENSECRF and args.parts != ["crf"]:
@@ -236,21 +229,22 @@ def parse_args(argv=None):
 
 
 def main():
-    """Serve, or measure and print the table as it grows."""
+    """Measure, and print the table as it grows."""
     args = parse_args()
-    if args.serve:
-        return serve(*args.serve)
-    folders = [HERE, args.against] if args.against else [HERE]
+    torch.set_num_threads(1)
     print("| CPU seconds, one thread | this | other | this / other |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as data:
-        draw_folder(Path(data))
-        for part in args.parts:
-            for number, (name, *_) in enumerate(CASES[part]):
-                if args.against == PYDENSECRF and number == 3:
-                    continue  # it takes one photo at a time
-                this, *other = compete(part, number, folders, data)
-                cells = [f"{other[0]:.3g}", f"{this / other[0]:.2f}"] if other else ["", ""]
-                print(f"| {name} | {this:.3g} | {' | '.join(cells)} |", flush=True)
+        data = draw_folder(Path(data))
+        contestants = [import_code(HERE, data)]
+        if args.against:
+            is_code = args.against != PYDENSECRF
+            contestants.append(import_code(args.against, data) if is_code else None)
+        for name, *case in (case for part in args.parts for case in CASES[part]):
+            if None in contestants and "B" in case[1]:
+                continue  # pydensecrf takes one photo at a time
+            this, *other = compete(*case, contestants)
+            cells = [f"{other[0]:.3g}", f"{this / other[0]:.2f}"] if other else ["", ""]
+            print(f"| {name} | {this:.3g} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -148,8 +148,8 @@ CEILINGS = {
     "stage 3 taught by true masks, val": ("true/{}/3_segment/masks/val", "val", ""),
 }
 WHY = """
-The CRF does most here because the drawing's colours end where its things end, and because in these
-minutes the network's own ceiling, taught by true masks, lies below what the CRF makes of the CAMs.
+The CRF does most here because the drawing's colours end where its things end, and in these minutes
+the network adds little to that; --true-masks tells how much it could add.
 On 800 photos colours end anywhere and the CLIP-like encoder knows more: there the network goes 7
 points beyond the CRF.
 """
