@@ -30,8 +30,8 @@ import subprocess
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
 from xml.etree import ElementTree
@@ -91,8 +91,8 @@ class Dataset:
     """
     root: Path
     name: str
-    classes: tuple[str, ...]
-    texts: dict[str, str] = field(default_factory=dict)
+    classes: tuple
+    texts: dict
 
     def list_path(self, split):
         """Where the list `split` is, or would be. Raises ValueError for what is no name."""
@@ -100,11 +100,15 @@ class Dataset:
         if not is_name(split):
             raise ValueError(f"{split!r}: the bare name of a list in {self.root}/ImageSets/"
                              "Segmentation is expected")
-        return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        return self.root / f"ImageSets/Segmentation/{split}.txt"
 
     def has(self, split):
         """True if there is such a list."""
         return self.list_path(split).is_file()
+
+    def splits(self):
+        """The names of all lists."""
+        return sorted(path.stem for path in self.list_path("train").parent.glob("[!.]*.txt"))
 
     def training_split(self):
         """trainaug where that list exists, else train."""
@@ -119,10 +123,10 @@ class Dataset:
 
     def image_path(self, image_id):
         """The photo of an id; ValueError where there is none, or more than one."""
-        folder = self.root / "JPEGImages"
-        path = find_file(folder, image_id, PHOTO_ENDINGS)
+        path = find_file(self.root / "JPEGImages", image_id, PHOTO_ENDINGS)
         if path is None:
-            raise ValueError(f"{folder}/{image_id}.jpg: no such image (nor .jpeg, .png); add it")
+            raise ValueError(f"{self.root}/JPEGImages/{image_id}.jpg: no such image (nor .jpeg, "
+                             ".png); add it")
         return path
 
     def image(self, image_id):
@@ -147,7 +151,7 @@ class Dataset:
         if path.is_file():
             names = read_image_labels(path)
         else:
-            files = {i: self.root / "Annotations" / f"{i}.xml" for i in ids}
+            files = {i: self.root / f"Annotations/{i}.xml" for i in ids}
             names = {i: annotated_objects(file) for i, file in files.items() if file.is_file()}
         labels = {}
         for image_id in ids:
@@ -195,7 +199,7 @@ def find_dataset(name):
 
     Raises ValueError where there is none, and for a classes.txt that is no list of names.
     """
-    places = [Path(name), Path("data") / name, Path("data") / "VOCdevkit" / name]
+    places = [Path(place, name) for place in ("", "data", "data/VOCdevkit")]
     root = next((place for place in places if (place / "JPEGImages").is_dir()), None)
     if root is None:
         raise ValueError(f"--data {name}: no folder with JPEGImages/ here, in data/ or in "
@@ -208,7 +212,7 @@ def find_dataset(name):
     if not name.lower().startswith("voc"):
         raise ValueError(f"{path}: no such file, and only a folder VOC... does without; write it, "
                          "a name a line, background first")
-    return Dataset(root, name, VOC_CLASSES)
+    return Dataset(root, name, VOC_CLASSES, {})
 
 
 def for_each(function, items, text):
@@ -223,10 +227,10 @@ def for_each(function, items, text):
 
 # ------------------------------------------------------------------------ names, lists, labels
 
-def is_name(text, spaces=False):
-    """True for what can name files: no folder, no hidden file, nothing invisible, not too long."""
-    return (text.isprintable() and not re.search(r"[/\\]|^\.", text)
-            and (spaces or " " not in text) and 0 < len(text.encode()) <= 200)
+def is_name(text):
+    """True for what can name files: no folder, no hidden file, no white space, not too long."""
+    odd = re.search(r"[/\\ ]|^\.", text) or not text.isprintable()
+    return not odd and 0 < len(text.encode()) <= 200
 
 
 def find_file(folder, image_id, endings):
@@ -373,7 +377,7 @@ def read_image(path):
     return np.array(picture.convert("RGB"))
 
 
-@lru_cache(maxsize=1)
+@cache
 def colour_map():
     """VOC's palette, (256, 3) uint8: the colour of every class number.
 
@@ -401,7 +405,7 @@ def read_label(path, classes=256, size=None):
         raise ValueError(f"{path}: mode {picture.mode}; a label PNG is indexed (P), or grey (L) "
                          "with 8 bits, and holds class numbers")
     label = np.array(picture)
-    used = np.flatnonzero(np.bincount(label.ravel(), minlength=256))
+    used = np.unique(label)
     # A number that no class has is never "close enough": it shows that the mask was made for
     # another list of classes, and then its other numbers are wrong as well.
     unknown = used[(used >= classes) & (used != IGNORE)]
@@ -411,7 +415,7 @@ def read_label(path, classes=256, size=None):
     # A picture of VOC's colours that was reduced to a palette has them in any order, and its
     # numbers are places in that. Colours other than VOC's say nothing.
     palette = picture.getpalette() or []
-    if picture.mode == "P" and len(palette) > 3 * used.max():
+    if picture.mode == "P" and len(palette) // 3 > used.max():
         colours = np.array(palette, np.uint8).reshape(-1, 3)[used]            # (n, 3)
         same = (colours[:, None] == colour_map()[None]).all(2)                # (n, 256)
         if same.any(1).all() and not same[np.arange(len(used)), used].all():
@@ -594,16 +598,21 @@ def update_record(folder, **entries):
     write_json(folder / "args.json", {**read_record(folder), **entries})
 
 
+def check_outside(folder, args):
+    """Raise ValueError where an option names something in `folder`, where old files are removed."""
+    for name in FILE_OPTIONS:
+        value = getattr(args, name, None)
+        if value and Path(value).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--{name} {value}: lies in {folder}, which is written; copy it")
+
+
 def start_run(folder, args, digests, device, mask_options=()):
     """Make or reopen a stage's folder; raise ValueError rather than mix two runs in one.
 
     digests: {what went in: its sha256}; device: in words, for the record. mask_options: names of
     options that change how masks are written from a finished model, but not the model.
     """
-    for name in FILE_OPTIONS:
-        value = getattr(args, name, None)
-        if value and Path(value).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"--{name} {value}: lies in {folder}, which is written; copy it")
+    check_outside(folder, args)
     if args.overwrite and folder.exists():
         shutil.rmtree(folder)
     before = read_record(folder)
@@ -626,11 +635,14 @@ def start_run(folder, args, digests, device, mask_options=()):
 
 
 def is_finished(folder, files):
-    """True if the stage's last act has been done here and all `files` are there."""
-    return read_record(folder)["finished"] and all(path.is_file() for path in files)
+    """True, and said, if the stage's last act has been done here and all `files` are there."""
+    finished = read_record(folder)["finished"] and all(path.is_file() for path in files)
+    if finished:
+        print(f"{folder}: finished; --overwrite starts afresh")
+    return finished
 
 
-@lru_cache(maxsize=None)  # a text is said once, however often a file is read
+@cache  # a text is said once, however often a file is read
 def note(text):
     """Say on stderr what a user should know, from one of torchrun's processes."""
     if os.environ.get("RANK", "0") == "0":
@@ -662,18 +674,19 @@ def run(main):
     is neither ValueError, OSError nor want of memory is a mistake of ours: it keeps its traceback.
     """
     sys.stdout.reconfigure(errors="replace")  # a console may lack a letter of a class's name
+    status = 2
     try:
         return main()
     except KeyboardInterrupt:
         text, status = "interrupted; the same command, without --overwrite, goes on", 130
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        text, status = str(error).strip() or "no more memory", 2
-        if isinstance(error, (MemoryError, RuntimeError)):
-            known = r"out of memory|(allocate|enough) memory|bad_alloc|DataLoader worker \(pid"
-            if isinstance(error, RuntimeError) and not re.search(known, text):
-                raise
-            text = (f"out of memory ({text.splitlines()[0]}): give a smaller --batch-size, --crop "
-                    "or --scales, a larger --accumulate, fewer --workers, or smaller photos")
+    except (ValueError, OSError) as error:
+        text = str(error)
+    except (MemoryError, RuntimeError) as error:
+        # Python's own says nothing, NumPy's and torch's say how much they wanted.
+        if not re.search(r"^$|out of memory|allocate|bad_alloc|worker \(pid", str(error)):
+            raise
+        text = (f"out of memory ({str(error)[:80]!r}): give a smaller --batch-size, --crop or "
+                "--scales, a larger --accumulate, fewer --workers, or smaller photos")
     # A process that loads images sends its error as a page of text, whose end is the error.
     print(text.splitlines()[-1], file=sys.stderr)
     raise SystemExit(status)
@@ -702,21 +715,18 @@ def download(name):
     AUDIT.md: (94).
     """
     # Here and not above: torchvision brings torch, and who only scores shall not wait for it.
-    from torchvision.datasets import SBDataset
-    from torchvision.datasets.utils import download_and_extract_archive, download_url
-    from torchvision.datasets.voc import DATASET_YEAR_DICT
+    from torchvision.datasets import SBDataset, VOCSegmentation, utils
     if name != "VOC2012":
         raise ValueError(f"--data {name}: --download brings VOC2012 alone (COCO: --prepare)")
-    voc = DATASET_YEAR_DICT["2012"]
-    root = Path("data", voc["base_dir"])
+    root = Path("data/VOCdevkit/VOC2012")
     try:
         # Masks lie behind the photos in the archive: where all are there, all has been unpacked.
         if len(list(root.glob("SegmentationClass/*.png"))) < VOC_MASKS:
             tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
-            download_and_extract_archive(voc["url"], "data", md5=voc["md5"])
+            VOCSegmentation("data", download=True)
         data = find_dataset(root)
         if not data.has("trainaug"):
-            download_url(SBDataset.url, "data", md5=SBDataset.md5)
+            utils.download_url(SBDataset.url, "data", md5=SBDataset.md5)
             ids = set(data.ids("train"))
             with tarfile.open(Path("data", SBDataset.url.rpartition("/")[2])) as archive:
                 for split in ("train", "val"):
@@ -742,7 +752,7 @@ def prepare(name):
         raise ValueError("--prepare wants pycocotools: pip install pycocotools") from None
     lines = {}
     for split in PUBLISHED["COCO2014"]:
-        coco = COCO(root / "annotations" / f"instances_{split}2014.json")
+        coco = COCO(root / f"annotations/instances_{split}2014.json")
         names = {category["id"]: category["name"] for category in coco.dataset["categories"]}
         # Other categories would give every mask wrong classes, and nobody would see it.
         if names != {COCO_SLOTS.index(name): name for name in COCO_CLASSES[1:]}:
@@ -772,7 +782,7 @@ def prepare_photo(root, folder, coco, number):
     photo.parent.mkdir(exist_ok=True)
     if not photo.is_symlink():  # a relative one, so that the dataset may be moved
         photo.symlink_to(Path("..", folder, image["file_name"]))
-    mask = root / "SegmentationClass" / f"{photo.stem}.png"
+    mask = root / f"SegmentationClass/{photo.stem}.png"
     if not mask.is_file():
         label = np.zeros((image["height"], image["width"]), np.uint8)
         for k, found in zip(reversed(classes), reversed(objects)):  # the first is painted last
@@ -852,8 +862,8 @@ def score_folder(data, folder, split, limit=None):
     def count(image_id):
         # Both are held against the photo, so that the one that does not fit is the one named.
         with Image.open(data.image_path(image_id)) as photo:
-            is_turned = photo.getexif().get(0x0112, 1) > 4  # EXIF's orientation, by a quarter
-            size = photo.size if is_turned else photo.size[::-1]
+            turned = photo.getexif().get(0x0112, 1) > 4  # EXIF's orientation, by a quarter
+            size = photo.size if turned else photo.size[::-1]
         truth = read_label(data.truth_path(image_id), K, size)
         return confusion(truth, read_label(label_path(folder, image_id), K, size), K)
     # One matrix for the whole dataset, as VOC and the papers have it: pixels are counted over all
@@ -866,8 +876,8 @@ def score_folder(data, folder, split, limit=None):
     truths = sorted({data.truth_path(i).parent.name for i in both})
     compare_classes(data, data.root / truths[0], held, data.known_labels(both), TOLERATED)
     if len(both) > 1 and matrix[:, K].any() and not matrix[:, 1:K].any():
-        raise ValueError(f"{folder}: {len(both)} masks and no class in any, but {IGNORE}, which is "
-                         "unsure; an object's pixels hold its class number, from 1 on")
+        raise ValueError(f"{folder}: masks with no class in any, but {IGNORE}, which is unsure; "
+                         "an object's pixels hold its class number, from 1 on")
     found = scores(matrix)
     found["iou"] = {name: None if np.isnan(value) else round(float(value), 3)
                     for name, value in zip(data.classes, found["iou"])}  # JSON has no NaN
@@ -880,19 +890,7 @@ def score_folder(data, folder, split, limit=None):
 # it, and every row of the table carries it. A folder that another program filled has no record:
 # its row says no more than what was counted.
 
-PROVENANCE = ("scales", "flip", "crf", "label_filter", "iters", "upper_bound")
-
-
-def is_upper_bound(record):
-    """True if true masks were trained on, here or in the stage before.
-
-    Masks lie two folders below their stage (2_weakclip/masks/train), and there is its args.json:
-    so the way back from stage 3 to what stage 2 learned from is found without any register.
-    """
-    options = record.get("options", {})
-    folders = [options[name] for name in ("seeds", "masks") if options.get(name)]
-    return any("SegmentationClass" in folder
-               or is_upper_bound(read_record(Path(folder).parent.parent)) for folder in folders)
+PROVENANCE = ("scales", "flip", "crf", "label_filter", "iters", "learned_from")
 
 
 def score_runs(data, folder):
@@ -902,7 +900,7 @@ def score_runs(data, folder):
     masks, put beside ours, are scored by the same lines of code, which makes comparisons fair.
     """
     rows = []
-    for masks in [folder / "1_cam" / "seeds", *sorted(folder.glob("**/masks/[!.]*"))]:
+    for masks in [folder / "1_cam/seeds", *sorted(folder.glob("**/masks/[!.]*"))]:
         stage = masks.parent if masks.name == "seeds" else masks.parent.parent
         record = read_record(stage)
         options = record.get("options", {})
@@ -918,15 +916,17 @@ def score_runs(data, folder):
                 facts = {name: record.get("provenance", {}).get(name) for name in PROVENANCE}
                 # Image-level labels are given for training images alone: val is never filtered.
                 facts["label_filter"] = bool(facts["label_filter"]) and splits[0] == training
-                facts["upper_bound"] = is_upper_bound(record)
+                # With --checkpoint nothing was learned here; SegmentationClass are true masks.
+                learned = options.get("masks", options.get("seeds"))
+                facts["learned_from"] = options.get("checkpoint") or learned
                 rows.append({"stage": stage.relative_to(folder).as_posix(), **row, **facts})
     return rows
 
 
 def describe_provenance(row):
     """Where the numbers of a row come from, in words."""
-    facts = [f"{name} {row[name]}" for name in ("iters", "scales") if row[name]]
-    facts += [name for name in ("flip", "crf", "label_filter", "upper_bound") if row[name]]
+    facts = [name for name in ("flip", "crf", "label_filter") if row[name]]
+    facts += [f"{name} {row[name]}" for name in ("iters", "scales", "learned_from") if row[name]]
     return ", ".join([*facts, f"truth {row['truth']}"])
 
 
@@ -967,6 +967,12 @@ def overlay(photo, label, classes, side=800):
     return np.asarray(sheet)
 
 
+def light(photo, cam):
+    """The photo (H, W, 3) uint8, bright where its map (h, w) in [0, 1] is high, dark elsewhere."""
+    level = Image.fromarray(np.uint8(255 * cam)).resize(photo.shape[1::-1])
+    return np.uint8(photo * (0.2 + 0.8 / 255 * np.asarray(level)[:, :, None]))
+
+
 def pictures(data, folder, split, image_id):
     """{caption: (h, w, 3) uint8} of a photo, what every stage made of it, and the truth.
 
@@ -975,20 +981,17 @@ def pictures(data, folder, split, image_id):
     """
     photo = data.image(image_id)                                         # (H, W, 3)
     shown = {"image": photo}
-    path = folder / "1_cam" / "cams" / f"{image_id}.npz"
+    path = folder / f"1_cam/cams/{image_id}.npz"
     try:
         cams = dict(np.load(path)) if path.is_file() else {"keys": []}
     except Exception as error:  # zip, zlib and NumPy's reader raise many kinds
         raise ValueError(f"{path}: {error}; remove it, and stage 1 makes it again") from None
     for key, caption in {"before": "what spoke for", "boxes": "boxes of", "cam": "CAM of"}.items():
         if key in cams and len(cams["keys"]):
-            # The photo is lit where the map is high, and dark elsewhere.
-            light = Image.fromarray(np.uint8(255 * cams[key][0])).resize(photo.shape[1::-1])
-            lit = photo * (0.2 + 0.8 / 255 * np.asarray(light)[:, :, None])  # (H, W, 3)
-            shown[f"{caption} {data.classes[cams['keys'][0]]}"] = lit.astype(np.uint8)
-    labels = {"seeds": label_path(folder / "1_cam" / "seeds", image_id),
-              "masks": label_path(folder / "2_weakclip" / "masks" / split, image_id),
-              "prediction": label_path(folder / "3_segment" / "masks" / split, image_id),
+            shown[f"{caption} {data.classes[cams['keys'][0]]}"] = light(photo, cams[key][0])
+    labels = {"seeds": label_path(folder / "1_cam/seeds", image_id),
+              "masks": label_path(folder / f"2_weakclip/masks/{split}", image_id),
+              "prediction": label_path(folder / f"3_segment/masks/{split}", image_id),
               "truth": data.truth_path(image_id)}
     for name, path in labels.items():
         if path and path.is_file():
@@ -1020,8 +1023,8 @@ def curves(path):
     return found
 
 
-def write_report(data, folder, rows, n=6):
-    """report.html: scores, n photos of each list in a row of pictures, losses and options."""
+def write_report(data, folder, rows):
+    """report.html: scores, six photos of each list in a row of pictures, losses and options."""
     head = ["", "images", "mIoU", "pixels", *map(escape, data.classes), "how"]
     body = f"<h2>Scores, in percent</h2><table><tr><th>{'<th>'.join(head)}"
     for row in rows:
@@ -1030,10 +1033,10 @@ def write_report(data, folder, rows, n=6):
             cells.append("-" if value is None else f"{value:.1f}")
         body += f"<tr><td>{'<td>'.join(map(escape, [*cells, describe_provenance(row)]))}"
     body += "</table><h2>Pictures</h2>"
-    for split in sorted(path.stem for path in data.list_path("val").parent.glob("[!.]*.txt")):
-        places = [folder / "1_cam" / "seeds", *folder.glob(f"*/masks/{split}")]
+    for split in data.splits():
+        places = [folder / "1_cam/seeds", *folder.glob(f"*/masks/{split}")]
         ids = [i for i in data.ids(split) if any(label_path(p, i).is_file() for p in places)]
-        for image_id in ids[::max(1, len(ids) // n)][:n]:
+        for image_id in ids[::max(1, len(ids) // 6)][:6]:
             body += f"<h3>{escape(split)}: {escape(image_id)}</h3>"
             body += "".join(figure(*x) for x in pictures(data, folder, split, image_id).items())
     for stage in ("1_cam", "2_weakclip", "3_segment"):
@@ -1048,8 +1051,8 @@ def check_dataset(data):
     """Print what is in a dataset, list by list. Raises ValueError at the first fault."""
     training = data.training_split()
     print(f"{data.root}: {len(data.classes)} classes, {len(data.ids(training))} training photos")
-    for path in sorted(data.list_path(training).parent.glob("[!.]*.txt")):
-        split, ids = path.stem, data.ids(path.stem)
+    for split in data.splits():
+        ids = data.ids(split)
         # Only training images need labels: val is what the method has never been told about.
         labels = data.image_labels(ids) if split == training else data.known_labels(ids)
         check_inputs(data, ids, image_labels=labels)
@@ -1063,7 +1066,7 @@ def check_dataset(data):
 
 def score_all(data, folder):
     """Score, print and report all that is in runs/<dataset>. Raises ValueError for nothing."""
-    if not any(folder.glob("*/args.json")) and not any(folder.glob("**/masks")):
+    if not folder.is_dir():
         raise ValueError(f"{folder}: nothing there; stage1_cam.py makes the first seeds")
     rows = score_runs(data, folder)
     print_rows(rows)

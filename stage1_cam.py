@@ -52,11 +52,10 @@ import clip
 from eval import (IGNORE, Parser, check_inputs, find_dataset, is_finished, note, note_leaks,
                   note_unteachable, number, run, start_run, update_record, write_label, write_whole)
 
-IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of grey levels 0..255, R G B
-IMAGENET_STD = (58.395, 57.12, 57.375)
-# 255 times the numbers of CLIP's code: 0.48145466, 0.4578275, 0.40821073, and 0.26862954, ...
-CLIP_MEAN = (122.7709383, 116.7460125, 104.09373615)
-CLIP_STD = (68.5005327, 66.6321579, 70.32316305)
+# Means and standard deviations of R G B in the photos that a network was trained on, in grey levels
+# 0..255. CLIP's are 255 times the numbers of its code, 0.48145466, ... and 0.26862954, ...
+IMAGENET_COLOURS = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+CLIP_COLOURS = (122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)
 # Sizes at which a photo is looked at, relative to the one that `class_maps` brings it to.
 CAM_SCALES = (1, 0.5, 1.5, 2)
 CAM_THRESHOLD = 0.15  # background's score, IRN's; a class must exceed it
@@ -84,12 +83,9 @@ class Classifier(nn.Module):
     def __init__(self, arch, weights, n_classes):
         super().__init__()
         # layer4 keeps its resolution (output stride 16, not 32), so the maps are twice as fine
-        net = resnet(arch, weights, (None, 1))
+        self.backbone, channels = resnet(arch, weights, (None, 1))
+        self.classifier = nn.Conv2d(channels, n_classes, 1, bias=False)
         self.pretrained = weights != "none"
-        # After maxpool and after layer1 the grid is H/4 x W/4, after layer2 H/8 x W/8, then h x w.
-        self.backbone = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool,
-                                      net.layer1, net.layer2, net.layer3, net.layer4)
-        self.classifier = nn.Conv2d(net.fc.in_features, n_classes, 1, bias=False)
         if self.pretrained:
             # As in IRN everything up to layer2 stays as ImageNet left it: edges and textures are
             # the same here, and only what they add up to must be learned.
@@ -131,19 +127,26 @@ def class_maps(model, image, present, crop, machine):
         factor = scale * (long_side / max(H, W))
         size = [max(32, round(n * factor)) for n in (W, H)]                   # width, height
         view = Image.fromarray(image).resize(size, Image.BICUBIC)
-        x = normalise(view, IMAGENET_MEAN, IMAGENET_STD)                      # (3, H', W')
+        x = normalise(view, IMAGENET_COLOURS)                                 # (3, H', W')
         pair = torch.stack([x, x.flip(2)]).to(machine.device)                 # (2, 3, H', W')
         with machine.autocast():
             # What speaks against a class in one view must not cancel what speaks for it in another:
             # negative evidence is cut off first, then the views are added.
             plain, mirrored = model.maps(pair).relu().float()                 # each (K-1, h, w)
         evidence = plain + mirrored.flip(2)                                   # (K-1, h, w)
-        total = total + F.interpolate(evidence[None], cam_grid(H, W), mode="bilinear")[0]
+        total += resize(evidence[None], cam_grid(H, W))[0]                    # (K-1, H/4, W/4)
     cams = total[[k - 1 for k in present]]                                    # (J, H/4, W/4)
     # Evidence has no unit, and a map that reaches 30 is not surer than one that reaches 10. After
     # division by its maximum each map says "1: here, if anywhere", so one threshold serves them
     # all. A map without any evidence stays 0 and is not divided by 0.
     return cams / cams.amax((1, 2), keepdim=True).clamp(min=1e-5)
+
+
+def resize(x, size, align_corners=False):
+    """x (B, C, H, W) at another size (h, w), bilinear; x itself where it has that size."""
+    if x.shape[2:] == size:
+        return x  # torch would compute a copy, and its gradient
+    return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
 
 
 def cam_grid(H, W):
@@ -154,7 +157,7 @@ def cam_grid(H, W):
     return math.ceil(H / 4), math.ceil(W / 4)
 
 
-def cam_scores(cams, size, background=CAM_THRESHOLD):
+def cam_scores(cams, size):
     """A score of every pixel for background and each CAM's class (1 + J, H, W), float32 in [0, 1].
 
     cams (J, h, w) in [0, 1], size (H, W) of the photo. J may be 0.
@@ -165,18 +168,18 @@ def cam_scores(cams, size, background=CAM_THRESHOLD):
     if it is lowered, they spill over the objects' rims.
     """
     cams = torch.as_tensor(cams).float()[:, None]                             # (J, 1, h, w)
-    cams = F.interpolate(cams, size, mode="bilinear")[:, 0]                   # (J, H, W)
-    return torch.cat([torch.full((1, *size), background), cams])              # (1 + J, H, W)
+    cams = resize(cams, size)[:, 0]                                           # (J, H, W)
+    return torch.cat([torch.full((1, *size), CAM_THRESHOLD), cams])           # (1 + J, H, W)
 
 
-def seeds_from_cams(present, cams, size, background=CAM_THRESHOLD):
+def seeds_from_cams(present, cams, size):
     """The seed (H, W) uint8: at each pixel the class with the largest score, 0 for background.
 
     present (J,) class numbers from 1, cams (J, h, w) in [0, 1], size (H, W). Every pixel gets a
     class; 255, unsure, is for the seeds of other methods.
     AUDIT.md: (54).
     """
-    winner = cam_scores(cams, size, background).argmax(0)                     # (H, W) in 0..J
+    winner = cam_scores(cams, size).argmax(0)                                 # (H, W) in 0..J
     return torch.tensor([0, *present])[winner].byte().numpy()
 
 
@@ -199,13 +202,13 @@ def write_seeds(make, data, ids, labels, machine, folder):
     a photo with a seed is done, and a run that was cut off goes on with the next.
     """
     for image_id in tqdm(machine.share(ids), desc="CAMs", disable=not machine.main):
-        seed_path = folder / "seeds" / f"{image_id}.png"
+        seed_path = folder / f"seeds/{image_id}.png"
         if seed_path.is_file():
             continue
         arrays, seed = make(data.image(image_id), labels[image_id])
         check_output(image_id, arrays["cam"])
         arrays["keys"] = np.array(labels[image_id], np.uint8)
-        cam_path = folder / "cams" / f"{image_id}.npz"
+        cam_path = folder / f"cams/{image_id}.npz"
         write_whole(cam_path, lambda file: np.savez_compressed(file, **arrays))
         write_label(seed_path, seed)
 
@@ -213,7 +216,7 @@ def write_seeds(make, data, ids, labels, machine, folder):
 # ------------------------------------------------------------------------------------- the backbone
 
 def resnet(arch, weights, dilations):
-    """A torchvision ResNet whose layer3 and layer4 may keep their resolution.
+    """A torchvision ResNet up to layer4, an nn.Sequential, and how many channels come out of it.
 
     weights: "imagenet" (torchvision's, downloaded once, its hash checked), "none", or the path of a
     file with a state dict. dilations (layer3, layer4): None keeps stride 2; d sets stride 1 and
@@ -245,7 +248,9 @@ def resnet(arch, weights, dilations):
     for layer, dilation in zip((net.layer3, net.layer4), dilations):
         if dilation:
             dilate(layer, dilation)
-    return net
+    # After maxpool and after layer1 the grid is H/4 x W/4, after layer2 H/8 x W/8.
+    return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool,
+                         net.layer1, net.layer2, net.layer3, net.layer4), net.fc.in_features
 
 
 def dilate(layer, dilation):
@@ -304,7 +309,7 @@ def labelled_image(data, labels, crop, image_id, rng):
     image = Image.fromarray(data.image(image_id))
     scale = rng.uniform(0.625, 1.25) * crop / max(image.size)
     size = [max(1, round(n * scale)) for n in image.size]               # Pillow: width, height
-    x = normalise(image.resize(size, Image.BICUBIC), IMAGENET_MEAN, IMAGENET_STD)
+    x = normalise(image.resize(size, Image.BICUBIC), IMAGENET_COLOURS)
     if rng.random() < 0.5:
         x = x.flip(2)                                                   # (3, H, W), mirrored
     top = random_window(rng, x.shape[1], crop)
@@ -316,15 +321,16 @@ def labelled_image(data, labels, crop, image_id, rng):
     return crop_or_pad(x, crop, top, left, 0), target
 
 
-def normalise(image, mean, std):
+def normalise(image, colours):
     """(3, H, W) float32, (x - mean) / std per channel, of a photo (H, W, 3) uint8, array or PIL's.
 
-    mean, std (3,) in grey levels 0..255. The values then lie around 0 with a spread of about 1, as
-    in the training of whatever network they are meant for.
+    colours: mean and std (3,) in grey levels. The values then lie around 0 with a spread of about
+    1, as in the training of whatever network they are meant for.
     """
+    mean, std = torch.tensor(colours)[..., None, None]                  # each (3, 1, 1)
     # np.array copies: torch takes neither PIL's images nor mirrored arrays (negative strides).
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()      # (3, H, W)
-    return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    return (x - mean) / std
 
 
 def crop_or_pad(x, size, top, left, fill):
@@ -364,13 +370,12 @@ def make_optimizer(model, lr):
     """SGD with weight decay 1e-4 in two groups: the new layer learns ten times as fast.
 
     The backbone starts from features that are good already, and large steps would spoil them; the
-    classifier starts from noise. Of a fixed layer there is nothing to optimise. Each group keeps
-    its rate at the start as "base_lr", from which `train` reckons that of every iteration.
+    classifier starts from noise. A fixed layer gets no gradient, and SGD passes over it. Each group
+    keeps its rate at the start as "base_lr", from which `train` reckons that of every iteration.
     AUDIT.md: (51).
     """
-    old = [p for p in model.backbone.parameters() if p.requires_grad]
-    new = list(model.classifier.parameters())
-    groups = [{"params": old, "base_lr": lr}, {"params": new, "base_lr": 10 * lr}]
+    groups = [{"params": model.backbone.parameters(), "base_lr": lr},
+              {"params": model.classifier.parameters(), "base_lr": 10 * lr}]
     # IRN's momentum is 1e-4, as good as none: its code hands SGD the weight decay in momentum's
     # place. Ours is 0 with ImageNet weights. From nothing, where IRN has no recipe, it is the
     # usual 0.9.
@@ -390,9 +395,10 @@ def poly(base_lr, step, iters):
 def train(model, data, ids, labels, args, machine, folder):
     """Train the classifier on the image labels, from its last checkpoint if there is one.
 
-    In this order: batch, chance, rate; for each part of the batch forward, loss, backward; then
-    step, log, save. The loops of stages 2 and 3 are the same, with other losses. In several
-    processes the log has the losses of the first one's share.
+    In this order: batch, rate; for each part of the batch forward, loss, backward; then step, log,
+    save. The loops of stages 2 and 3 are the same, with other losses; stage 2's network has chance
+    of its own, dropout, and seeds it. In several processes the log has the losses of the first
+    one's share.
     AUDIT.md: (49).
     """
     make = functools.partial(labelled_image, data, labels, args.crop)
@@ -407,9 +413,6 @@ def train(model, data, ids, labels, args, machine, folder):
         fix_batchnorm(model)
     bar = batches(ids, make, args, start, machine)
     for step, batch in bar:
-        # One number for (seed, iteration, process): the seed sits above the lower 32 bits. Nothing
-        # in this network is random, but a dropout that somebody adds resumes exactly too.
-        torch.manual_seed((args.seed << 32) + step * machine.world + machine.rank)
         for group in optimizer.param_groups:
             group["lr"] = poly(group["base_lr"], step, args.iters)
         optimizer.zero_grad()
@@ -423,7 +426,7 @@ def train(model, data, ids, labels, args, machine, folder):
             # is divided here, so that the parts' sum is the mean over the batch.
             loss = F.multilabel_soft_margin_loss(score.float(), target) / args.accumulate
             loss.backward()
-            total = total + loss.detach()
+            total += loss.detach()
         machine.average_gradients(model)
         optimizer.step()
         if machine.main and step % LOG_EVERY == 0:
@@ -513,13 +516,7 @@ def clip_input(image):
     shrink = min(1, CLIP_SIDE / max(image.shape[:2]))
     size = [16 * math.ceil(round(side * shrink, 6) / 16) for side in image.shape[1::-1]]
     resized = Image.fromarray(image).resize(size, Image.BICUBIC)
-    return normalise(resized, CLIP_MEAN, CLIP_STD)[None]
-
-
-def half_positions(visual, h, w):
-    """CLIP's positional table for an h x w grid, (1 + N, C), rounded to float16 (E4)."""
-    table = clip.resize_positions(visual.positional_embedding.detach(), h, w)
-    return table.half().float()
+    return normalise(resized, CLIP_COLOURS)[None]
 
 
 def open_block(block, x, a):
@@ -662,7 +659,7 @@ def clip_scores(cams, size):
     Not stretched again after the resize, so a map may peak at 0.96 (E14). float16 is how CLIP-ES's
     code stores its CAMs, and it reckons on in it (E15).
     """
-    cams = F.interpolate(cams[None], size, mode="bilinear")[0].half()
+    cams = resize(cams[None], size)[0].half()
     return torch.cat([1 - cams.amax(0, keepdim=True), cams])
 
 
@@ -670,7 +667,7 @@ def wrapped_colours(image):
     """Photo (H, W, 3) uint8 RGB -> what CLIP-ES's CRF compares, (3, H, W) uint8.
 
     Blue, green, red minus (104.008, 116.669, 122.675), which is another mean of ImageNet than
-    IMAGENET_MEAN, as a byte: what is darker than that wraps round to
+    IMAGENET_COLOURS has, as a byte: what is darker than that wraps round to
     the bright end. So black (152, 140, 134) and white (150, 138, 132) look alike, and greys of 103
     and 104 are 255 apart in blue. A slip, but the published numbers contain it (E16).
     """
@@ -678,14 +675,11 @@ def wrapped_colours(image):
     return torch.from_numpy((np.trunc(x) % 256).astype(np.uint8)).permute(2, 0, 1)
 
 
-def log_scores(scores):
-    """log of scores (float16), floored at 1e-5 and itself rounded to float16 (E15)."""
-    return scores.clamp(1e-5, 1).log()
-
-
 def crf_of_scores(scores, image):
     """Scores (1 + J, H, W) float16 and the photo (H, W, 3) -> the CRF's Q (1 + J, H, W) float32."""
-    probs = log_scores(scores).float().exp()  # dense_crf takes their logarithm again
+    # As CLIP-ES's code has it: floored at 1e-5, and the logarithm is rounded to float16 (E15).
+    # dense_crf takes the logarithm again.
+    probs = scores.clamp(1e-5, 1).log().float().exp()
     colours = wrapped_colours(image).to(scores.device)
     return dense_crf(probs[None], colours[None], *CLIP_CRF)[0]
 
@@ -719,15 +713,17 @@ def clip_seed(model, texts, image, present, threshold, machine):
     here = torch.cat([foreground[[k - 1 for k in present]], background])     # (J + words, D)
     x = clip_input(image).to(machine.device)                                 # (1, 3, 16h, 16w)
     h, w = x.shape[2] // 16, x.shape[3] // 16
+    positions = clip.resize_positions(model.visual.positional_embedding, h, w)  # (1 + N, C)
     with machine.autocast():
-        tokens, attentions = patch_tokens(model.visual, x, half_positions(model.visual, h, w))
+        # CLIP-ES's code keeps CLIP in float16, and so rounds the positions (E4).
+        tokens, attentions = patch_tokens(model.visual, x, positions.half().float())
     *_, raw, attention = grad_cam(model.visual, tokens, here, J, model.logit_scale.exp())
     before = min_max(min_max(raw.relu().view(J, h, w)))                      # twice (E7)
     boxes = torch.stack([box_mask(cam, threshold) for cam in before])
     A = affinity([*attentions, attention])                                   # (N, N)
     after = min_max(class_aware_affinity(A, before, boxes))                  # (J, h, w)
     seed = confident_labels(crf_of_scores(clip_scores(after, size), image), present)
-    stored = F.interpolate(after[None], cam_grid(*size), mode="bilinear")[0]
+    stored = resize(after[None], cam_grid(*size))[0]                         # (J, H/4, W/4)
     return {"cam": stored.half().cpu(), "before": before.half().cpu(), "boxes": boxes.cpu()}, seed
 
 
@@ -826,9 +822,8 @@ class Lattice:
         self.splat_start = F.pad(counts.cumsum(0), (1, 0)).int()       # (M+1,)
         self.splat_weights = weights.gather(1, point).flatten()
         # Blur: a vertex and its two neighbours along each axis.
-        self.blur_index = neighbours(vertices, places, total).flatten(1)  # (d+1, 3(M+1))
-        self.blur_weights = weights.new_tensor([1, 0.5, 0.5]).repeat(len(counts) + 1)
-        self.blur_start = 3 * torch.arange(len(counts) + 1, dtype=torch.int32, device=point.device)
+        self.blur_index = neighbours(vertices, places, total)          # (d+1, M+1, 3)
+        self.blur_weights = weights.new_tensor([1, 0.5, 0.5]).repeat(len(counts) + 1, 1)
         # Slice: a point sums its corners. From sorted order back to the points' own.
         self.slice_index = torch.empty_like(vertex).scatter_(1, point, vertex).t().contiguous()
         self.slice_weights = (weights / (1 + 2.0 ** -d)).t().contiguous()  # (BP, d+1)
@@ -844,15 +839,9 @@ class Lattice:
 
     def blur(self, x):
         """Vertices (M+1, K) -> vertices (M+1, K), along one axis after another."""
-        # Memory for a tensor of over 32 MB comes from the system, page by page, each time anew.
-        # That can double the time at 81 labels, so only as many go at once as stay below.
-        parts = []
-        for part in x.split(max(1, 2 ** 23 // len(x)), 1):
-            part = part.contiguous()
-            for index in self.blur_index:
-                part = weighted_sums(part, index, self.blur_weights, self.blur_start)
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        for index in self.blur_index:
+            x = weighted_sums(x, index, self.blur_weights)
+        return x
 
     def slice(self, x, rows=...):
         """Vertices (M+1, K) -> the points `rows`, (R, K); all without `rows`."""
@@ -937,7 +926,8 @@ def simplex(features):
     # it, in the order of the walk, is -1/8, 1/8, and the weights are -1/8 - (1/8 - 1), 1/8 + 1/8.
     rest = (x - origin * (d + 1)) / (d + 1)
     rest = torch.empty_like(rest).scatter_(0, turn, rest)              # in the order of the walk
-    return origin[:d], turn, rest.diff(dim=0, prepend=rest[d:] - 1)    # the weights last
+    weights = rest.diff(dim=0, prepend=rest[d:] - 1)
+    return origin[:d], turn, weights
 
 
 def number_corners(origin, turn, B):
@@ -1013,7 +1003,7 @@ def softmax_rows(x, out):
 
 
 @torch.no_grad()
-def dense_crf(probs, image, gaussian=(3, 3), bilateral=(80, 13, 10), iterations=10):
+def dense_crf(probs, image, gaussian, bilateral, iterations=10):
     """Refine class probabilities by the colours of the image; returns Q (B, K, H, W) float32.
 
         Q0 = softmax(-U),  Q <- softmax(-U + sum_m w_m D_m^-1/2 k_m D_m^-1/2 Q)
@@ -1022,7 +1012,7 @@ def dense_crf(probs, image, gaussian=(3, 3), bilateral=(80, 13, 10), iterations=
     probs (B, K, H, W) positive, need not sum to one over K; image (B, 3, H, W) RGB 0..255;
     gaussian (sxy, weight) of the kernel of positions, bilateral (sxy, srgb, weight) of that of
     positions and colours, sxy in pixels, srgb in grey levels; the names are pydensecrf's (both are
-    Gaussians), the defaults those of stage 2's loss.
+    Gaussians).
     Potts model: similar pixels raise each other's score of the class that they are of, different
     classes do not interact. Raises ValueError where bandwidths are too fine.
     Memory: some 600 bytes a pixel for the two lattices while they are made, and 18 for each label.
@@ -1090,7 +1080,7 @@ class Machine:
             raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if self.world > 1 and not dist.is_initialized():
+        if self.world > 1:
             # One process may check or download alone for longer than the usual 10 minutes.
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(days=1))
@@ -1213,8 +1203,8 @@ def save(folder, model, optimizer, step, facts, frozen=()):
     can be sound and the step after it not (a gradient overflows, a variance is zero), and a NaN
     never leaves the weights again: then ValueError, and nothing is written.
     """
-    weights = model.state_dict()
-    weights = {name: weights[name] for name in weights if not name.startswith(frozen)}
+    weights = {name: value for name, value in model.state_dict().items()
+               if not name.startswith(frozen)}
     moments = [moment for state in optimizer.state.values() for moment in state.values()]
     if not all(tensor.isfinite().all() for tensor in [*weights.values(), *moments]):
         raise ValueError(f"iteration {step - 1}: weights are infinite or no number; lower --lr")
@@ -1267,11 +1257,11 @@ def resume(folder, model, optimizer, facts, machine, frozen=()):
 
 
 def check_output(image_id, values):
-    """Raise ValueError where what a network says of a photo is infinite or no number.
+    """Raise ValueError where what a network says of a photo, a tensor, is infinite or no number.
 
     Sound weights can overflow on the way through it; argmax would make a mask of that all the same.
     """
-    if not torch.as_tensor(values).isfinite().all():
+    if not values.isfinite().all():
         raise ValueError(f"{image_id}: the network's answer is no number; try a smaller --lr")
 
 
@@ -1352,11 +1342,12 @@ def open_run(args):
     return data, machine
 
 
-def next_command(script, args):
-    """The next stage's command: where things are, the list, and --limit if there is one."""
-    words = ["python", script, "--data", args.data, "--runs", str(args.runs)]
-    if args.limit:
-        words += ["--limit", str(args.limit)]
+def next_command(script, args, *names):
+    """The next stage's command: where things are, and the options `names`, as they are here."""
+    words = ["python", script]
+    for name in ("data", "runs", *names):
+        if getattr(args, name):
+            words += [f"--{name}", str(getattr(args, name))]
     return shlex.join(words)
 
 
@@ -1395,8 +1386,7 @@ def main():
     if machine.main:
         start_run(folder, args, digests, machine.describe())
     machine.wait()
-    if is_finished(folder, [folder / "seeds" / f"{i}.png" for i in ids]):
-        print(f"{folder}: finished; --overwrite starts afresh")
+    if is_finished(folder, [folder / f"seeds/{i}.png" for i in ids]):
         return
     if args.method == "clip":
         facts = seeds_from_clip(model, data, ids, labels, machine, folder)
@@ -1404,7 +1394,8 @@ def main():
         facts = seeds_from_classifier(data, ids, labels, args, machine, folder)
     if machine.main:
         update_record(folder, provenance=facts, finished=True)
-        print(f"{folder}: {len(ids)} seeds. Next: {next_command('stage2_weakclip.py', args)}")
+        command = next_command("stage2_weakclip.py", args, "split", "limit", "clip")
+        print(f"{folder}: {len(ids)} seeds. Next: {command}")
 
 
 if __name__ == "__main__":

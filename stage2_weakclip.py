@@ -49,17 +49,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision.ops import stochastic_depth
 from tqdm import tqdm
 
 import clip
 from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, PHOTO_ENDINGS, VOC_CLASSES, check_inputs,
-                  dataset_name, folder_digest, for_each, is_finished, label_path, number, overlay,
-                  read_image, read_label, read_record, run, start_run, update_record, write_label,
-                  write_whole)
-from stage1_cam import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, LOG_EVERY, SAVE_EVERY,
-                        Machine, batches, check_output, common_options, conv_layout, crop_or_pad,
-                        dense_crf, load_clip, load_trained, log, next_command, normalise, open_run,
-                        parts, read_checkpoint, resume, save)
+                  check_outside, dataset_name, folder_digest, for_each, is_finished, label_path,
+                  number, overlay, read_image, read_label, read_record, run, start_run,
+                  update_record, write_label, write_whole)
+from stage1_cam import (CLIP_COLOURS, IMAGENET_COLOURS, LOG_EVERY, SAVE_EVERY, Machine, batches,
+                        check_output, common_options, conv_layout, crop_or_pad, dense_crf,
+                        load_clip, load_trained, log, next_command, normalise, open_run, parts,
+                        read_checkpoint, resize, resume, save)
 
 
 # ===================================================================================== switches
@@ -122,13 +123,6 @@ RELEASED = Switches(
 # blocks still know where things are, late ones what they are. So the tokens after a third of the
 # blocks feed stride 4, those after half of them stride 8, after two thirds stride 16, and the last
 # block's feed stride 32 (12).
-
-def resize(x, size, align_corners=False):
-    """x (B, C, H, W) at another size (h, w), bilinear; x itself where it has that size."""
-    if x.shape[2:] == size:
-        return x  # torch would compute a copy, and its gradient
-    return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
-
 
 class PyramidAdapter(nn.Module):
     """Four grids of stride 16 from four depths of CLIP -> a pyramid of strides 4, 8, 16 and 32.
@@ -456,16 +450,6 @@ class TextGuidedDecoder(nn.Module):
 # in CLIP's image encoder and 512 in its text encoder, D = 512, K = 21. Of the 171 million numbers
 # 21 million are trained.
 
-def drop_path(x, rate):
-    """Residual branch x (B, N, C), dropped for some images and scaled up for the others.
-
-    Stochastic depth: each image keeps the branch with probability 1 - rate, times 1 / (1 - rate),
-    so that on average it is what it was: at a rate of 0.1, nine of ten images get it 1.11 times.
-    """
-    keep = torch.rand(len(x), 1, 1, device=x.device) >= rate
-    return x * keep / (1 - rate)
-
-
 def to_grid(tokens, h, w):
     """Tokens (B, h*w, C) -> grid (B, C, h, w): token number i*w + j is row i, column j."""
     return tokens.transpose(1, 2).unflatten(2, (h, w)).contiguous()
@@ -521,13 +505,6 @@ class WeakCLIP(nn.Module):
             # seeds could only spoil. # RELEASED freeze_clip: all of it trains, at a tiny rate (1)
             clip_model.requires_grad_(False)
 
-    def train(self, mode=True):
-        """As in torch, but a frozen CLIP stays in eval mode."""
-        super().train(mode)
-        if self.switches.freeze_clip:
-            self.clip.eval()
-        return self
-
     def encode_image(self, image):
         """Four grids (B, C, h, w), global (B, D) and dense (B, D, h, w) embeddings.
 
@@ -564,11 +541,14 @@ class WeakCLIP(nn.Module):
         return grids, embedded[:, 0], to_grid(embedded[:, 1:], h, w)
 
     def run_block(self, block, x, rate):
-        """Tokens (B, 1 + N, C) after one of CLIP's blocks, whose branches may be dropped."""
-        if not rate or not self.training:
-            return block(x)
-        x = x + drop_path(block.attn(block.ln_1(x)), rate)
-        return x + drop_path(block.mlp(block.ln_2(x)), rate)
+        """Tokens (B, 1 + N, C) after one of CLIP's blocks, whose branches may be dropped (5).
+
+        Stochastic depth: in training each image keeps a branch with probability 1 - rate, times
+        1 / (1 - rate), so that on average it is what it was. At a rate of 0.1 nine of ten images
+        get it 1.11 times.
+        """
+        x = x + stochastic_depth(block.attn(block.ln_1(x)), rate, "row", self.training)
+        return x + stochastic_depth(block.mlp(block.ln_2(x)), rate, "row", self.training)
 
     def encode_text(self):
         """Class texts (K, D): of each class [start, contexts, name, end], read at the end token.
@@ -576,8 +556,8 @@ class WeakCLIP(nn.Module):
         The mask is causal, every token sees itself and those before it; so the end token is the
         first that has seen the whole name, and what pads the shorter names behind it is not seen.
         A class of VOC takes P + L = 8 + 5 tokens, P of them contexts. All K go through the encoder
-        as one batch, once in a forward pass of training, and for masks once a photo: no text
-        depends on an image.
+        as one batch, once in a forward pass of training, and once for all masks: no text depends
+        on an image.
         """
         x = self.clip.token_embedding(self.token_ids)  # (K, L, C)
         if self.switches.prompts:
@@ -585,7 +565,7 @@ class WeakCLIP(nn.Module):
             x = torch.cat([x[:, :1], contexts, x[:, 1:]], 1)  # (K, P + L, C)
         length = x.shape[1]
         x = x + self.clip.positional_embedding[:length]
-        x = self.clip.transformer(x, clip.causal_mask(length, x.device))
+        x = self.clip.transformer(x, causal=True)
         x = self.clip.ln_final(x)  # (K, P + L, C)
         # The end token has the largest id; contexts moved it back by P, 8 places.
         end = self.token_ids.argmax(1) + length - self.token_ids.shape[1]  # (K,)
@@ -625,8 +605,8 @@ class WeakCLIP(nn.Module):
         # With corners aligned, unlike all other resizes: as released (11). So the map's cells are
         # off the places that they speak of, at the borders by 6 pixels at stride 4, 4 at stride 8
         # and 8 at stride 32. The decoder learns with the shift, so no switch undoes it.
-        guides = [resize(score, level.shape[2:], align_corners=True) for level in pyramid]
-        return [torch.cat([level, guide], 1) for level, guide in zip(pyramid, guides)]
+        return [torch.cat([level, resize(score, level.shape[2:], align_corners=True)], 1)
+                for level in pyramid]
 
     def forward(self, image, text=None):
         """Logits (B, K, 4h, 4w), a quarter of the image's size, and score map (B, K, h, w).
@@ -738,7 +718,7 @@ def mean_cross_entropy(logits, labels, over_valid=True):
 TAU = 0.07
 
 
-def score_loss(score, seeds, over_valid=True):
+def score_loss(score, seeds, over_valid):
     """Cross entropy of the score map / tau with the seeds, a scalar.
 
     score (B, K, h, w) cosines, resized to the seeds' size; seeds (B, H, W) int64, 255 = unsure.
@@ -752,7 +732,7 @@ def score_loss(score, seeds, over_valid=True):
     return mean_cross_entropy(resize(score / TAU, seeds.shape[1:]), seeds, over_valid)
 
 
-def loss_probs(logits, size, aligned=True):
+def loss_probs(logits, size, aligned):
     """Class probabilities (B, K, h, w) at the losses' resolution, bounded away from zero.
 
     logits (B, K, ., .) of the decoder; size (h, w).
@@ -764,7 +744,7 @@ def loss_probs(logits, size, aligned=True):
     return p / p.sum(1, keepdim=True)  # (B, K, h, w)
 
 
-def loss_labels(seeds, size, aligned=True):
+def loss_labels(seeds, size, aligned):
     """Seeds (B, h, w) int64 by nearest pixel, from seeds (B, H, W): class numbers do not mix.
 
     Read at the cells' centres, where the logits are too.
@@ -777,7 +757,7 @@ def loss_labels(seeds, size, aligned=True):
 def crf_image(image, size, switches):
     """What the boundary loss's CRF sees: (B, 3, h, w) uint8, whole grey levels.
 
-    image (B, 3, H, W) normalised as `mean_and_std` says, which is undone; size (h, w).
+    image (B, 3, H, W) normalised as `colours` says, which is undone; size (h, w).
     # RELEASED aligned: corner-aligned samples of the normalised image, without low-pass (22).
     """
     if switches.aligned:
@@ -786,7 +766,7 @@ def crf_image(image, size, switches):
     else:
         # In float64, as the released code's scipy has it (22), on the CPU because MPS has none.
         x = resize(image.cpu().double(), size, align_corners=True).float().to(image)
-    mean, std = torch.tensor(mean_and_std(switches), device=x.device)[..., None, None]  # (3, 1, 1)
+    mean, std = torch.tensor(colours(switches), device=x.device)[..., None, None]  # (3, 1, 1)
     # Cut, not rounded, in both variants, as the released code does (22).
     return (x * std + mean).clamp(0, 255).to(torch.uint8)
 
@@ -894,13 +874,12 @@ def random_crop(rng, label, crop):
     return top, left
 
 
-def mean_and_std(switches):
+def colours(switches):
     """Mean and standard deviation, in grey levels, that images are normalised with: CLIP's.
 
     # RELEASED clip_normalisation: ImageNet's (26).
     """
-    clips, imagenets = (CLIP_MEAN, CLIP_STD), (IMAGENET_MEAN, IMAGENET_STD)
-    return clips if switches.clip_normalisation else imagenets
+    return CLIP_COLOURS if switches.clip_normalisation else IMAGENET_COLOURS
 
 
 def seeded_image(data, seeds, crop, switches, image_id, rng):
@@ -924,7 +903,7 @@ def seeded_image(data, seeds, crop, switches, image_id, rng):
     top, left = random_crop(rng, label.numpy(), crop)
     window = np.s_[top:top + crop, left:left + crop]
     image = photometric_distortion(rng, image[window])
-    x, y = normalise(image, *mean_and_std(switches)), label[window]  # (3, h, w), (h, w)
+    x, y = normalise(image, colours(switches)), label[window]  # (3, h, w), (h, w)
     # A horse that looks to the left is as much of a horse.
     if rng.random() < 0.5:
         x, y = x.flip(2), y.flip(1)
@@ -979,7 +958,8 @@ def make_optimizer(model, lr):
     fast = {"params": [], "base_lr": lr}
     slow = {"params": [], "base_lr": 0.0}
     for name, parameter in model.named_parameters():
-        (slow if name.startswith(slow_parts) else fast)["params"].append(parameter)
+        group = slow if name.startswith(slow_parts) else fast
+        group["params"].append(parameter)
     # A frozen CLIP is among the slow ones too: AdamW passes over what has no gradient.
     return torch.optim.AdamW([fast, slow], lr=lr, weight_decay=3e-5)
 
@@ -1129,7 +1109,7 @@ def probabilities(model, views, size, text):
     return (total / len(views))[0]
 
 
-def make_views(image, args, mean_std, crop=None):
+def make_views(image, args, colours, crop=None):
     """Yields (view (1, 3, h, w) normalised, mirrored?) of a photo (H, W, 3) uint8.
 
     One view for each of args.scales and, if not args.no_flip, its mirror image. With crop given,
@@ -1141,7 +1121,7 @@ def make_views(image, args, mean_std, crop=None):
     short, long = (crop, 4 * crop) if crop else (min(H, W), max(H, W))
     for scale in args.scales:
         resized = resize_image(image, fit_size(H, W, short * scale, long * scale))
-        x = normalise(resized, *mean_std)[None]  # (1, 3, h, w)
+        x = normalise(resized, colours)[None]  # (1, 3, h, w)
         yield x, False
         if not args.no_flip:
             yield x.flip(3), True
@@ -1149,14 +1129,13 @@ def make_views(image, args, mean_std, crop=None):
 
 def predictor(model, args, machine):
     """predict(photo (H, W, 3) uint8) -> class probabilities (K, H, W), over all views."""
-    machine.place(model).eval()
-    mean_std = mean_and_std(model.switches)
+    model.to(machine.device).eval()
     with torch.no_grad(), machine.autocast():
         text = model.encode_text()  # (K, D); the same for all photos, so computed once
 
     @torch.no_grad()
     def predict(image):
-        views = list(make_views(image, args, mean_std, model.crop))
+        views = list(make_views(image, args, colours(model.switches), model.crop))
         with machine.autocast():
             return probabilities(model, views, image.shape[:2], text)[model.outputs]
     return predict
@@ -1177,7 +1156,7 @@ MASK_CRF = {"VOC2012": ((3, 3), (83, 5, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
 MASK_OPTIONS = ("scales", "no_flip", "no_crf", "label_filter", "images")
 
 
-def mask_from(probs, image, crf, allowed=None):
+def mask_from(probs, image, crf, allowed):
     """Mask (H, W) uint8 of class numbers.
 
     probs (K, H, W) class probabilities; image (H, W, 3) uint8; crf: an entry of MASK_CRF, None
@@ -1249,11 +1228,9 @@ def mask_photos(predict, args, folder, machine, crf, classes):
     """`--images DIR`: masks of a folder of photos, anew, in `folder`/images/<DIR's name>.
 
     <name>.png holds class numbers; <name>.jpg beside it is to be looked at. Raises ValueError where
-    DIR has no photos, one of them cannot be read, or DIR lies in `folder`.
+    DIR has no photos, one of them cannot be read, or DIR is where they go.
     """
     place = args.images.resolve()
-    if place.is_relative_to(folder.resolve()):
-        raise ValueError(f"--images {place}: lies in {folder}, which is written; copy it elsewhere")
     files = sorted(place.glob("[!.]*"))
     paths = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
     photos = {path.stem: path for path in paths}
@@ -1261,6 +1238,7 @@ def mask_photos(predict, args, folder, machine, crf, classes):
         raise ValueError(f"--images {place}: no photos (.jpg, .jpeg, .png), or two of one name")
     out = folder / "images" / place.name
     if machine.main:
+        check_outside(out, args)
         for_each(read_image, list(photos.values()), "checking photos")
         if out.exists():
             shutil.rmtree(out)  # its masks may be of another folder's photos
@@ -1277,17 +1255,14 @@ def mask_provenance(args):
 
 
 def masks_are_current(folder, args, lists):
-    """Whether all masks of {split: ids} are there, made as the options say; then it is said.
+    """Whether all masks of {split: ids} are there, made as the options say.
 
     AUDIT.md: (29a).
     """
     masks = folder / "masks"
-    wanted = [masks / split / f"{image_id}.png" for split in lists for image_id in lists[split]]
+    wanted = [masks / f"{split}/{image_id}.png" for split in lists for image_id in lists[split]]
     same = read_record(folder).get("provenance") == mask_provenance(args)
-    current = same and is_finished(folder, wanted)
-    if current:
-        print(f"{folder}: finished; --overwrite starts afresh")
-    return current
+    return same and is_finished(folder, wanted)
 
 
 def mask_options(parser, scales, size):
@@ -1337,7 +1312,7 @@ def open_checkpoint(path, args, machine, classes=None):
     network was trained with. Raises ValueError for a file of another kind, dataset or CLIP.
     AUDIT.md: (66).
     """
-    saved = clip.read_file(path, "checkpoint")
+    saved = clip.read_file(path, "checkpoint; train first, or name another")
     if isinstance(saved, dict) and "state_dict" in saved:
         try:
             return open_released(saved, args, classes)
@@ -1356,16 +1331,20 @@ def open_checkpoint(path, args, machine, classes=None):
     return model, facts["classes"]
 
 
-def open_released(saved, args, classes=None):
+def open_released(saved, args, classes):
     """The same from a released checkpoint {"meta": ..., "state_dict": ...}.
 
     It holds its own CLIP, so `--clip` is not read. The switches are `--variant released` with
     `--set` on top. Of COCO's 91 released slots only 80 and background are classes (32). Raises
     KeyError or ValueError naming what is missing or does not fit.
     """
-    state = saved["state_dict"]
-    clip_model = released_clip(state)
-    K = len(state["decode_head.conv_seg.weight"])
+    state = by_our_names(saved["state_dict"])
+    # It lacks the logit scale, which WeakCLIP does not read; CLIP wants one.
+    state["clip.logit_scale"] = torch.zeros(())
+    clip_model = clip.CLIP.from_state_dict({name.removeprefix("clip."): value
+                                            for name, value in state.items()
+                                            if name.startswith("clip.")})
+    K = len(state["decoder.classify.weight"])
     classes = classes or (COCO_CLASSES if K == len(COCO_SLOTS) else VOC_CLASSES)
     names = COCO_SLOTS if classes == COCO_CLASSES else classes
     if len(names) != K:
@@ -1375,61 +1354,40 @@ def open_released(saved, args, classes=None):
     args.iters = saved.get("meta", {}).get("iter")
     tokens = name_tokens(names, len(clip_model.positional_embedding))
     model = WeakCLIP(clip_model, tokens, choose_switches("released", args.set), args.crop)
-    load_released(model, state)
+    load_trained(model, state)
     model.outputs = [names.index(name) for name in classes]
     return model, classes
 
 
-# Our parameter names, as patterns -> those of a released checkpoint.
-RELEASED_NAMES = {
-    r"^clip\.visual\.": "backbone.",
-    r"^clip\.": "text_encoder.",
-    r"^adapter\.level": "backbone.fpn",
-    r"^coattention\.visual_in\.": "context_decoder.memory_proj.",
-    r"^coattention\.text_in\.": "context_decoder.text_proj.",
-    r"^coattention\.text_layers\.": "context_decoder.decoder.",
-    r"^coattention\.text_out\.": "context_decoder.out_proj.",
-    r"^coattention\.visual_layers\.": "context_decoder.anti_decoder.",
-    r"^coattention\.visual_out\.": "context_decoder.anti_out_proj.",
-    r"^decoder\.lateral\.(\d)\.": r"neck.lateral_convs.\1.conv.",
-    r"^decoder\.smooth\.(\d)\.": r"neck.fpn_convs.\1.conv.",
-    r"^decoder\.climb\.": "decode_head.scale_heads.",
-    r"^decoder\.classify\.": "decode_head.conv_seg."}
+# Parameter names of the released code, as patterns -> ours. What it calls backbone is CLIP's image
+# encoder and the adapter. Prompts, gamma and beta are called alike.
+OUR_NAMES = {
+    r"^backbone\.fpn": "adapter.level",
+    r"^backbone\.": "clip.visual.",
+    r"^text_encoder\.": "clip.",
+    r"^context_decoder\.memory_proj\.": "coattention.visual_in.",
+    r"^context_decoder\.text_proj\.": "coattention.text_in.",
+    r"^context_decoder\.decoder\.": "coattention.text_layers.",
+    r"^context_decoder\.out_proj\.": "coattention.text_out.",
+    r"^context_decoder\.anti_decoder\.": "coattention.visual_layers.",
+    r"^context_decoder\.anti_out_proj\.": "coattention.visual_out.",
+    r"^neck\.lateral_convs\.(\d)\.conv\.": r"decoder.lateral.\1.",
+    r"^neck\.fpn_convs\.(\d)\.conv\.": r"decoder.smooth.\1.",
+    r"^decode_head\.scale_heads\.": "decoder.climb.",
+    r"^decode_head\.conv_seg\.": "decoder.classify."}
 
 
-def released_name(name):
-    """The released code's name of our parameter."""
-    for ours, theirs in RELEASED_NAMES.items():
-        name = re.sub(ours, theirs, name)
-    return name
-
-
-def released_clip(state):
-    """The CLIP in a released state dict. Raises ValueError where a part of it is missing."""
-    # Released checkpoints lack the logit scale, and WeakCLIP does not read it; CLIP wants one.
-    clip_state = {"logit_scale": torch.zeros(())}
+def by_our_names(state):
+    """A dict by the released code's parameter names -> the same by ours; other names stay."""
+    renamed = {}
     for name, value in state.items():
-        # "backbone." is CLIP's image encoder, but for the adapter, which is kept there too.
-        if re.match(r"backbone\.(?!fpn)|text_encoder\.", name):
-            name = name.replace("backbone.", "visual.").replace("text_encoder.", "")
-            clip_state[name] = value
-    return clip.CLIP.from_state_dict(clip_state)
-
-
-def load_released(model, state):
-    """Load a released state dict. Raises ValueError naming every key that does not fit."""
-    ours = {released_name(name): name for name in model.state_dict()}
-    # A key without a name of ours keeps its own, so that load_trained complains of it by name.
-    renamed = {ours.get(name, name): value for name, value in state.items()}
-    load_trained(model, renamed, ("clip.logit_scale",))
+        for theirs, ours in OUR_NAMES.items():
+            name = re.sub(theirs, ours, name)
+        renamed[name] = value
+    return renamed
 
 
 # ================================================================================= command line
-
-# From (included) and to (left out) for the switches that are numbers.
-RANGES = {"drop_path": (0, 1), "boundary_weight": (0, math.inf), "score_weight": (0, math.inf),
-          "loss_crf_sxy": (0.1, math.inf)}
-
 
 def choose_switches(variant, settings):
     """The switches of a preset ("paper" or "released") with the settings "field=value" on top.
@@ -1439,17 +1397,14 @@ def choose_switches(variant, settings):
     fields = dataclasses.asdict({"paper": PAPER, "released": RELEASED}[variant])
     for text in settings:
         name, _, word = text.partition("=")
-        if name not in fields:
-            raise ValueError(f"--set {text}: the fields are {', '.join(fields)}")
-        if name in RANGES:
-            low, high = RANGES[name]
-            fields[name] = float(word) if re.fullmatch(r"\d*\.?\d+", word) else math.nan
-            if not low <= fields[name] < high:  # so nan is refused too
-                raise ValueError(f"--set {text}: {name} is from {low} to below {high}")
-        elif word in ("true", "false"):
+        before = fields.get(name)
+        if isinstance(before, bool) and word in ("true", "false"):
             fields[name] = word == "true"
+        elif isinstance(before, float) and re.fullmatch(r"\d*\.?\d+", word):
+            fields[name] = float(word)
         else:
-            raise ValueError(f"--set {text}: {name} is true or false")
+            raise ValueError(f"--set {text}: FIELD=true, false or a number from 0 on is expected; "
+                             f"the fields are {', '.join(fields)}")
     return Switches(**fields)
 
 
@@ -1485,7 +1440,7 @@ def prepare(args, switches):
     args.iters = args.iters or (40_000 if coco else 20_000)
     args.batch_size = args.batch_size or (24 if coco else 16)
     data, machine = open_run(args)
-    args.seeds = args.seeds or args.runs / data.name / "1_cam" / "seeds"
+    args.seeds = args.seeds or args.runs / data.name / "1_cam/seeds"
     learned = training_ids(data, args, switches)
     splits = filter(data.has, (args.split, "val"))
     lists = {split: data.ids(split, args.limit) for split in splits}
@@ -1515,13 +1470,16 @@ def main():
     data, machine, lists, learned = prepare(args, switches)
     if args.checkpoint:
         model, _ = open_checkpoint(args.checkpoint, args, machine, data.classes)
-        inputs = {"checkpoint": clip.file_sha256(args.checkpoint)}
     else:
         model, facts = new_network(args, data.classes, switches, machine)
-        inputs = {"clip": facts["clip"], "seeds": folder_digest(args.seeds, lists[args.split])}
     if machine.main:
+        digests = data.digests(*lists)
+        if args.checkpoint:
+            digests["checkpoint"] = clip.file_sha256(args.checkpoint)
+        else:
+            digests["clip"] = facts["clip"]
+            digests["seeds"] = folder_digest(args.seeds, lists[args.split])
         # Refuses to go on with what other options, lists, seeds or another CLIP began.
-        digests = data.digests(*lists) | inputs
         start_run(folder, args, digests, machine.describe(), MASK_OPTIONS)
     machine.wait()
     if masks_are_current(folder, args, lists):
@@ -1532,8 +1490,8 @@ def main():
     predict = predictor(model, args, machine)
     write_all_masks(predict, data, lists, folder, args, machine, mask_crf(args))
     if machine.main:
-        next_one = next_command("stage3_segment.py", args)
-        print(f"{folder}: masks of {', '.join(lists)}. Next: {next_one}")
+        command = next_command("stage3_segment.py", args, "split", "limit")
+        print(f"{folder}: masks of {', '.join(lists)}. Next: {command}")
 
 
 if __name__ == "__main__":

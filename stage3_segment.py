@@ -28,13 +28,12 @@ from torch import nn
 
 from eval import (IGNORE, check_inputs, dataset_name, folder_digest, label_path, note, read_label,
                   read_record, run, start_run)
-from stage1_cam import (IMAGENET_MEAN, IMAGENET_STD, LOG_EVERY, SAVE_EVERY, Machine,
-                        backbone_options, batches, common_options, conv_layout, crop_or_pad,
-                        fix_batchnorm, load_trained, log, next_command, normalise, open_run, parts,
-                        poly, random_window, read_checkpoint, resnet, resume, save, weights_digest)
+from stage1_cam import (IMAGENET_COLOURS, LOG_EVERY, SAVE_EVERY, Machine, backbone_options, batches,
+                        common_options, conv_layout, crop_or_pad, fix_batchnorm, load_trained, log,
+                        next_command, normalise, open_run, parts, poly, random_window,
+                        read_checkpoint, resize, resnet, resume, save, weights_digest)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_options, mask_photos,
-                             masks_are_current, mean_cross_entropy, resize, resize_image,
-                             write_all_masks)
+                             masks_are_current, mean_cross_entropy, resize_image, write_all_masks)
 
 # Of the CRF at test: (Gaussian sxy, weight), (bilateral sxy, srgb, weight), as released; stage 2's
 # masks have other constants.
@@ -63,27 +62,14 @@ class DeepLab(nn.Module):
 
     def __init__(self, arch, weights, n_classes):
         super().__init__()
-        net = resnet(arch, weights, (2, 4))
+        self.backbone, channels = resnet(arch, weights, (2, 4))
         self.pretrained = weights != "none"
-        self.backbone = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool,
-                                      net.layer1, net.layer2, net.layer3, net.layer4)
         self.classifier = nn.ModuleList()
         for d in (6, 12, 18, 24):
-            conv = nn.Conv2d(net.fc.in_features, n_classes, 3, padding=d, dilation=d)
+            conv = nn.Conv2d(channels, n_classes, 3, padding=d, dilation=d)
             nn.init.normal_(conv.weight, std=0.01)  # as DeepLab's own head starts
             nn.init.zeros_(conv.bias)
             self.classifier.append(conv)
-
-    def train(self, mode=True):
-        """As in torch, but ImageNet's BatchNorm statistics stay.
-
-        A batch of 16 crops would estimate them less well than 1.3 million photos did.
-        AUDIT.md: (86).
-        """
-        super().train(mode)
-        if self.pretrained:
-            fix_batchnorm(self)
-        return self
 
     def forward(self, image):
         """Logits (B, K, H/8, W/8) of normalised images (B, 3, H, W)."""
@@ -107,7 +93,7 @@ def masked_image(data, masks, crop, image_id, rng):
     size = tuple(max(1, round(side * scale)) for side in mask.shape)  # (h, w)
     # Class numbers cannot be mixed, so the mask takes the nearest pixel. Pillow wants (w, h).
     mask = np.array(Image.fromarray(mask).resize(size[::-1], Image.NEAREST))  # (h, w)
-    x = normalise(resize_image(image, size), IMAGENET_MEAN, IMAGENET_STD)  # (3, h, w)
+    x = normalise(resize_image(image, size), IMAGENET_COLOURS)  # (3, h, w)
     y = torch.from_numpy(mask).long()  # (h, w)
     if rng.random() < 0.5:
         x, y = x.flip(2), y.flip(1)
@@ -130,8 +116,8 @@ def make_optimizer(model, lr):
     AUDIT.md: (85).
     """
     groups = [
-        {"params": list(model.backbone.parameters()), "base_lr": lr},
-        {"params": list(model.classifier.parameters()), "base_lr": 10 * lr}]
+        {"params": model.backbone.parameters(), "base_lr": lr},
+        {"params": model.classifier.parameters(), "base_lr": 10 * lr}]
     return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=5e-4)
 
 
@@ -145,7 +131,7 @@ def train(model, data, ids, args, machine, folder):
     and the padding teach nothing; all others count alike, right or wrong. With 21 classes L starts
     at log 21 = 3.0; at 0.1 the right class has a probability of 0.9 in the (geometric) mean.
     With --accumulate, or in several processes, L is the mean of the parts' means.
-    AUDIT.md: (87).
+    AUDIT.md: (86), (87).
     """
     make = functools.partial(masked_image, data, args.masks, args.crop)
     optimizer = make_optimizer(model, args.lr)
@@ -153,13 +139,12 @@ def train(model, data, ids, args, machine, folder):
     facts = {"stage": "3_segment", "classes": list(data.classes), "arch": args.arch}
     start = resume(folder, model, optimizer, facts, machine)
     model.train()
+    if model.pretrained:
+        fix_batchnorm(model)
     # Batches are numbered, and sample s is a function of (seed, s): that is why a run that was cut
     # off, and begins here at iteration `start`, sees what it would have seen (stage 1, `Samples`).
     bar = batches(ids, make, args, start, machine)
     for step, batch in bar:
-        # Nothing in this network is random. The seed is set as in stage 2, so that a dropout that
-        # somebody adds resumes exactly too.
-        torch.manual_seed((args.seed << 32) + step * machine.world + machine.rank)
         for group in optimizer.param_groups:
             group["lr"] = poly(group["base_lr"], step, args.iters)
         optimizer.zero_grad()
@@ -196,19 +181,18 @@ def predictor(model, args, machine):
     AUDIT.md: (88).
     """
     model.to(machine.device).eval()
-    mean_std = (IMAGENET_MEAN, IMAGENET_STD)
 
     @torch.no_grad()
     def predict(image):
         total = 0
-        for x, mirrored in make_views(image, args, mean_std):
+        views = list(make_views(image, args, IMAGENET_COLOURS))
+        for x, mirrored in views:
             with machine.autocast():
                 logits = model(x.to(machine.device))  # (1, K, h/8, w/8)
             # All views come to the photo's size; only there can they be added pixel on pixel.
             logits = resize(logits.float(), image.shape[:2])  # (1, K, H, W)
             total += logits.flip(3) if mirrored else logits
-        views = len(args.scales) * (1 if args.no_flip else 2)
-        return (total / views).softmax(1)[0]  # (K, H, W)
+        return (total / len(views)).softmax(1)[0]  # (K, H, W)
     return predict
 
 
@@ -243,7 +227,7 @@ def main():
 
     data, machine = open_run(args)
     if args.masks is None:
-        args.masks = args.runs / data.name / "2_weakclip" / "masks" / args.split
+        args.masks = args.runs / data.name / f"2_weakclip/masks/{args.split}"
     elif "SegmentationClass" in args.masks.name:
         note(f"--masks {args.masks}: true masks; this run is an upper bound")
     ids = data.ids(args.split, args.limit)

@@ -6,6 +6,6 @@
 Read model.py (the two encoders), then tokenizer.py (text to numbers); weights.py says where weights
 come from and how a file is read that nobody vouches for.
 """
-from .model import CLIP, causal_mask, resize_positions
+from .model import CLIP, resize_positions
 from .tokenizer import tokenize
-from .weights import MODELS, fetch, file_sha256, load, locate, read_file
+from .weights import fetch, file_sha256, load, locate, read_file

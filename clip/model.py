@@ -24,6 +24,7 @@ throughout, where OpenAI's code has (L, B, C). Parameter names are those of Open
 that official weights load strictly.
 """
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +59,14 @@ class Attention(nn.Module):
     where q (what token i looks for), k (what token j offers) and v (what is passed on) are linear
     maps of the tokens. A sum of d products of numbers of size 1 is of size sqrt(d), 8 in CLIP's
     heads of d = 64: divided by that, the softmax begins neither flat nor as a hard choice.
-    The three projections are stacked in one matrix (3C, C), as in OpenAI's weights.
-    heads: by default as many as are 64 wide.
+    The three projections are stacked in one matrix (3C, C), as in OpenAI's weights. All heads lie
+    in it, and their number cannot be read from it: those of OpenAI's transformers are all 64 wide.
+    AUDIT.md: (38).
     """
 
-    def __init__(self, width, heads):
+    def __init__(self, width):
         super().__init__()
-        self.heads = heads or max(1, width // 64)
+        self.heads = max(1, width // 64)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -78,12 +80,12 @@ class Attention(nn.Module):
         qkv = qkv.unflatten(2, (3, self.heads, -1))                 # (B, L, 3, heads, C / heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x, mask=None):
-        """mask (L, L) bool: whether the row's token attends to the column's; None: all to all."""
+    def forward(self, x, causal=False):
+        """causal: each token attends to itself and those before it, not to all."""
         q, k, v = self.split(x)
         # softmax(q k' / sqrt(d)) v. The library's version works in blocks and never writes the
         # (L, L) matrix out. CLIP-ES needs that matrix: stage1_cam.py takes q and k from `split`.
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, L, C / heads)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, L, C / heads)
         # The heads stand side by side again, and out_proj mixes them.
         return self.out_proj(x.transpose(1, 2).flatten(2))                     # (B, L, C)
 
@@ -97,15 +99,15 @@ class ResidualAttentionBlock(nn.Module):
     The norms stand inside the branches, so that x itself runs through all blocks as a plain sum.
     """
 
-    def __init__(self, width, heads, layers):
+    def __init__(self, width, layers):
         super().__init__()
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width)
         self.ln_1 = nn.LayerNorm(width)
         # by name, not by number: the weights are called mlp.c_fc.* and mlp.c_proj.*
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", QuickGELU())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, 4 * width),
+            gelu=QuickGELU(),
+            c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = nn.LayerNorm(width)
         # 2 * layers outputs are added up. Were each of the usual size, the sum would grow with the
         # depth; so each starts smaller by sqrt(2 * layers), 4.9 for 12, and the sum keeps its size.
@@ -113,37 +115,29 @@ class ResidualAttentionBlock(nn.Module):
             nn.init.normal_(last.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
         nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
 
-    def forward(self, x, mask=None):
-        x = x + self.attn(self.ln_1(x), mask)
+    def forward(self, x, causal=False):
+        x = x + self.attn(self.ln_1(x), causal)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
     """`layers` blocks one after another, (B, L, C) -> (B, L, C)."""
 
-    def __init__(self, width, layers, heads):
+    def __init__(self, width, layers):
         super().__init__()
-        blocks = [ResidualAttentionBlock(width, heads, layers) for _ in range(layers)]
+        blocks = [ResidualAttentionBlock(width, layers) for _ in range(layers)]
         self.resblocks = nn.ModuleList(blocks)
 
-    def forward(self, x, mask=None):
+    def forward(self, x, causal=False):
         for block in self.resblocks:
-            x = block(x, mask)
+            x = block(x, causal)
         return x
-
-
-def causal_mask(L, device=None):
-    """(L, L) bool for `Attention`: each token attends to itself and those before it.
-
-    For L = 4, row by row: 1000, 1100, 1110, 1111.
-    """
-    return torch.ones(L, L, dtype=torch.bool, device=device).tril()
 
 
 # --------------------------------------------------------------------------- the image encoder
 
 def resize_positions(table, h, w):
-    """Positional table (1 + h*w, C) of an h x w grid; the table itself where its grid is h x w.
+    """Positional table (1 + h*w, C) of an h x w grid.
 
     table (1 + side*side, C): row 0 belongs to the class token, the others to a square grid, row by
     row. A position's vector is learned, but neighbours' vectors are alike, so that the grid can be
@@ -155,12 +149,10 @@ def resize_positions(table, h, w):
     AUDIT.md: (41).
     """
     side = math.isqrt(table.shape[0] - 1)
-    if (h, w) == (side, side):
-        return table
     grid = table[1:].T.unflatten(1, (side, side))[None]                        # (1, C, side, side)
-    grid = F.interpolate(grid.float(), size=(h, w), mode="bilinear", align_corners=False)
+    grid = F.interpolate(grid, (h, w), mode="bilinear")
     grid = grid[0].flatten(1).T                                                # (h*w, C)
-    return torch.cat([table[:1], grid.to(table.dtype)])                        # (1 + h*w, C)
+    return torch.cat([table[:1], grid])                                        # (1 + h*w, C)
 
 
 class VisionTransformer(nn.Module):
@@ -171,7 +163,7 @@ class VisionTransformer(nn.Module):
     AUDIT.md: (36).
     """
 
-    def __init__(self, resolution, patch, width, layers, heads, output_dim):
+    def __init__(self, resolution, patch, width, layers, output_dim):
         super().__init__()
         # `width` numbers of this size make a vector of length 1.
         scale = width ** -0.5
@@ -181,7 +173,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(positions, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        self.transformer = Transformer(width, layers)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
 
@@ -222,20 +214,18 @@ class CLIP(nn.Module):
     """CLIP with a vision transformer. Sizes are named as in OpenAI's constructor; the defaults are
     ViT-B/16's.
 
-    Head counts cannot be read from a state dict, since all heads lie in one matrix. All of OpenAI's
-    transformers have heads 64 wide: where a count is not given, it is width // 64. Initial weights
-    follow the CLIP paper's code (text table std 0.02, positions 0.01, projections width**-0.5).
-    AUDIT.md: (38).
+    Initial weights follow the CLIP paper's code (text table std 0.02, positions 0.01, projections
+    width**-0.5).
     """
 
     def __init__(self, embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768,
                  vision_patch_size=16, context_length=77, vocab_size=49408, transformer_width=512,
-                 transformer_heads=None, transformer_layers=12, vision_heads=None):
+                 transformer_layers=12):
         super().__init__()
         width = transformer_width
         self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width,
-                                        vision_layers, vision_heads, embed_dim)
-        self.transformer = Transformer(width, transformer_layers, transformer_heads)
+                                        vision_layers, embed_dim)
+        self.transformer = Transformer(width, transformer_layers)
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
         self.ln_final = nn.LayerNorm(width)
@@ -246,31 +236,27 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     @classmethod
-    def from_state_dict(cls, state, **heads):
+    def from_state_dict(cls, state):
         """The model that a state dict (OpenAI's names) belongs to, loaded strictly, in float32 and
         in eval mode. The numbers are copied.
 
-        heads: `vision_heads`, `transformer_heads` where they are not width // 64.
         Raises ValueError (one line) where a key is missing, unexpected or of another shape.
         AUDIT.md: (15).
         """
-        if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-            raise ValueError("not a state dict: a dict of tensors by name was expected")
-        if any(str(name).startswith(("text_model.", "vision_model.")) for name in state):
-            raise ValueError("HuggingFace's form of CLIP (text_model.*, vision_model.*); "
-                             "wanted is OpenAI's ViT-B-16.pt or its state dict")
-        # OpenAI's archives hold half precision, which CPUs are slow in and training is unstable in.
-        floats = {name: value.detach().to(torch.float32, copy=True)
-                  for name, value in state.items() if name not in EXTRA_KEYS}
         try:
+            # OpenAI's archives hold half precision, which CPUs are slow in and training is unstable
+            # in.
+            floats = {name: value.detach().to(torch.float32, copy=True)
+                      for name, value in state.items() if name not in EXTRA_KEYS}
             # On the "meta" device a model has shapes but no memory, so that 150 million numbers
             # need not be drawn first; `assign` then makes the copies its parameters.
             with torch.device("meta"):
-                model = cls(**sizes_of(floats), **heads)
+                model = cls(**sizes_of(floats))
             model.load_state_dict(floats, assign=True)
-        except (LookupError, RuntimeError) as e:
-            raise ValueError("not the weights of a CLIP with a vision transformer, "
-                             f"missing or wrong: {' '.join(str(e).split())}") from None
+        except (AttributeError, LookupError, RuntimeError, TypeError) as e:
+            raise ValueError("not a CLIP (HuggingFace's form of it has other names); wanted is "
+                             "OpenAI's ViT-B-16.pt or its state dict; missing or wrong: "
+                             f"{' '.join(str(e).split())}") from None
         return model.eval()
 
     def encode_image(self, image):
@@ -290,7 +276,7 @@ class CLIP(nn.Module):
         """
         L = tokens.shape[1]
         x = self.token_embedding(tokens) + self.positional_embedding[:L]       # (B, L, C)
-        x = self.ln_final(self.transformer(x, causal_mask(L, x.device)))       # (B, L, C)
+        x = self.ln_final(self.transformer(x, causal=True))                    # (B, L, C)
         # The end token's id, 49407, is the largest of all; of several the first is taken.
         end = tokens.argmax(1)                                                 # (B,)
         # x[0, end[0]], x[1, end[1]], ...: (B, C), and projected (B, embed_dim)

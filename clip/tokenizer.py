@@ -25,7 +25,7 @@ Ids: 256 bytes, the same 256 at a word's end, one for each merge, start and end 
 """
 import gzip
 import html
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import ftfy
@@ -66,7 +66,7 @@ def byte_symbols():
     return table
 
 
-@lru_cache(maxsize=1)
+@cache
 def vocabulary():
     """(merge -> rank, symbol -> id), read on first use: importing clip reads nothing.
 
@@ -82,7 +82,7 @@ def vocabulary():
     return ranks, ids
 
 
-@lru_cache(maxsize=65536)
+@cache
 def merge(word):
     """Symbols of the vocabulary that make up one word, given as byte symbols: "cats" ->
     ("cats</w>",).

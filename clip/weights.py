@@ -23,11 +23,12 @@ import torch
 
 from .model import CLIP
 
-URL = "https://openaipublic.azureedge.net/clip/models/{digest}/{file}"
-# name -> sha256 of OpenAI's archive, which is also a part of its URL. Only the model that stage 2's
-# adapter is made for.
+# The one model that stage 2's adapter is made for. The sha256 of OpenAI's archive is also a part of
+# its URL.
 # AUDIT.md: (42).
-MODELS = {"ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"}
+NAME = "ViT-B/16"
+DIGEST = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
+URL = f"https://openaipublic.azureedge.net/clip/models/{DIGEST}/ViT-B-16.pt"
 
 
 def file_sha256(path):
@@ -62,13 +63,12 @@ def fetch(url, digest, folder, instead):
 def locate(name):
     """Path of the weights that `--clip` names: a file's own, or that of a model's download. Raises
     ValueError."""
-    if name in MODELS:
-        url = URL.format(digest=MODELS[name], file=name.replace("/", "-") + ".pt")
-        return fetch(url, MODELS[name], "~/.cache/clip", "--clip FILE")
+    if name == NAME:
+        return fetch(URL, DIGEST, "~/.cache/clip", "--clip FILE")
     if Path(name).is_file():
         return Path(name)
-    raise ValueError(f"--clip {name}: neither a file nor one of {', '.join(MODELS)} "
-                     "(the pyramid adapter is made for patch 16)")
+    raise ValueError(f"--clip {name}: neither a file nor {NAME} (the pyramid adapter is made for "
+                     "patch 16)")
 
 
 def load(path):

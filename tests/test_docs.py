@@ -100,9 +100,9 @@ def test_a_rule_sees_what_it_forbids(text):
 
 
 def test_the_chain_is_less_code_than_the_released_second_stage_alone():
-    """At most 2,600 lines and 28,000 tokens, where that has 2,990 and 27,130; the aim is 27,000."""
+    """At most 2,600 lines and 27,000 tokens, where that has 2,990 and 27,130."""
     lines, tokens, _ = zip(*map(measured, PRODUCT))
-    assert sum(lines) <= 2600 and sum(tokens) <= 28000
+    assert sum(lines) <= 2600 and sum(tokens) <= 27000
     assert sum(measured(path)[0] for path in TESTS) <= 3500
 
 

@@ -295,7 +295,7 @@ CASES = [  # (name, how the folder differs, the command or what reads it, what i
     ("without fc", resnet, STAGE1 + " --weights {0}/w.pth", SAID, "Next: "),
     ("HuggingFace's CLIP", hugging_face, CLIP, NO, "wanted is OpenAI's ViT-B-16.pt or its"),
     ("page for CLIP", write("w.pth", PAGE), CLIP, NO, "w.pth: not a readable CLIP"),
-    ("no CLIP", same, CLIP, NO, "w.pth: neither a file nor one of ViT-B/16"),
+    ("no CLIP", same, CLIP, NO, "w.pth: neither a file nor ViT-B/16"),
     # options
     ("no --data", same, "eval.py --check", NO, "required: --data; --help explains the options"),
     ("unknown option", same, CHECK + " --chek", NO, "unrecognized arguments: --chek"),

@@ -19,6 +19,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 import eval as evaluation
 import stage1_cam
@@ -246,7 +247,7 @@ def test_labels_and_weights_too(copy, capsys):
     write_text(labels, text.replace("train_0 cat, dog", "train_0 cat, dog, traffic light"))
     assert " labels = " in refused("1_cam", copy, "whole", capsys=capsys)
     write_text(labels, text)
-    torch.save(stage1_cam.resnet("resnet18", "none", (None, None)).state_dict(), copy / "w.pth")
+    torch.save(torchvision.models.resnet18().state_dict(), copy / "w.pth")
     line = refused("1_cam", copy, "whole", "--weights", copy / "w.pth", capsys=capsys)
     assert " weights = none" in line or " lr = " in line
 
@@ -426,6 +427,6 @@ def test_what_is_read_is_not_deleted(copy, capsys):
     line = refused("2_weakclip", copy, "whole", "--checkpoint", folder / "checkpoint.pt",
                    "--overwrite", capsys=capsys)
     assert "--checkpoint" in line and (folder / "checkpoint.pt").is_file()
-    line = refused("2_weakclip", copy, "whole", "--images", folder / "masks" / "val",
-                   capsys=capsys)
-    assert "--images" in line and list(folder.glob("masks/val/*.png"))
+    photos = shutil.copytree(copy / "drawn" / "JPEGImages", folder / "images" / "val")
+    line = refused("2_weakclip", copy, "whole", "--images", photos, capsys=capsys)
+    assert f"--images {photos}: lies in" in line and list(photos.glob("*.jpg"))

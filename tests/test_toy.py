@@ -22,8 +22,8 @@ def test_a_world_is_a_function_of_its_seed(tmp_path):
         assert sorted(set(np.unique(mask)) - {0}) == labels
 
 
-def test_the_clip_that_ships_knows_the_world(tmp_path):
-    """Its file is the one that the digest names; asked for a photo's class it mostly knows it."""
+def test_the_clip_that_ships_is_whole_and_small(tmp_path):
+    """Its file is the one that the digest names."""
     weights = toy_world.small_clip(tmp_path)
     assert weights.is_file() and toy_world.WEIGHTS.stat().st_size <= 8e6
 

@@ -10,8 +10,8 @@ writes  runs/toy/data/toy<N> (VOC's layout), runs/toy/clip_*.pt, runs/toy/ablate
         runs/toy/toy<N>/: 1_cam, 2_weakclip, 3_segment, crf_on_cams, resnet18.pt (stage 3's start),
         table.txt, metrics.json and report.html; with --true-masks runs/toy/no_crf, true and
         true_no_crf too; with --small, small<N> for toy<N>
-cost    two cores of an Intel Xeon with bfloat16: the chain MINUTES, --true-masks MINUTES more,
-        --ablate MINUTES; without bfloat16 MINUTES
+cost    two busy cores of an Intel Xeon with bfloat16: the chain 10 minutes; what --true-masks,
+        --ablate and --float32 take is not measured
 
 What is drawn, and the small CLIP that comes with it, is in `tests/toy_world.py`. Runs go on where
 they stopped, and a finished stage does nothing; to start afresh, remove runs/toy.
@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 # The file beside this one comes first: it puts the stages on Python's path.
 from toy_world import ROOT, SIZE, draw_world, small_clip
-from eval import (Parser, colour_map, confusion, find_dataset, label_path, read_label, run, scores,
+from eval import (Parser, colour_map, find_dataset, light, read_label, run, score_folder,
                   write_label, write_text, write_whole)
 from stage1_cam import cam_scores, dense_crf
-from stage2_weakclip import PAPER, RELEASED
+from stage2_weakclip import MASK_CRF, PAPER, RELEASED
 
 # Options of the stages' command lines, found on worlds 0 to 2 (tests/RESULTS.md).
 SCRATCH = ["--arch", "resnet18", "--weights", "none"]
@@ -58,10 +58,8 @@ SMALL = {
     "ablation": "--crop 128 --iters 5 --batch-size 4 --lr 1e-3 --limit 10".split(),
 }
 VIEWS = ["--scales", "1", "2.33", "--no-flip"]  # 2.33: nine windows that overlap by a third
-# Bandwidths and weights of the CRF that stage 2 ends its masks with, VOC's.
-MASK_CRF = ((3, 3), (83, 5, 3))
-# What the steps of the chain take on two cores of an Intel Xeon with bfloat16, and those that
-# --true-masks adds.
+# A guess at what the steps of the chain take on two free cores with bfloat16, and those that
+# --true-masks adds. Where they take longer, `Clock` says so as it goes.
 SECONDS = (72, 11, 75, 62)
 SECONDS_MORE = (35, 65, 60)
 
@@ -96,7 +94,7 @@ def stage(script, *options, log=None):
 class Clock:
     """Says before each step which one it is, and about how long all that is left will take.
 
-    seconds: what each step takes on our machine. Where the steps that are done took longer than
+    seconds: what each step should take. Where the steps that are done took longer than
     that, what is left is taken to be as slow.
     """
 
@@ -120,16 +118,6 @@ def prepare(runs, world, settings):
     folder = runs / "data" / f"{settings['name']}{world}"
     draw_world(folder, world, settings["train"], settings["val"])
     return find_dataset(folder), small_clip(runs)
-
-
-def score(data, folder, split, limit=None):
-    """mIoU in percent of the label PNGs in `folder`, over all images of a list, or its first."""
-    K = len(data.classes)
-    matrix = np.zeros((K, K + 1), np.int64)
-    for image_id in data.ids(split, limit):
-        truth = read_label(data.truth_path(image_id), K)                # (H, W)
-        matrix += confusion(truth, read_label(label_path(folder, image_id), K), K)
-    return scores(matrix)["miou"]
 
 
 # ======================================================================================= the chain
@@ -180,7 +168,7 @@ def chain(runs, world, settings, machine, true_masks=False):
     stage("eval.py", "--data", data.root, "--runs", runs)
     rows = {}
     for name, (folder, split, _) in (ROWS | CEILINGS if true_masks else ROWS).items():
-        rows[name] = score(data, runs / folder.format(data.name), split)
+        rows[name] = score_folder(data, runs / folder.format(data.name), split)["miou"]
     text = table(rows, data.name)
     write_text(out / "table.txt", text)
     spent = f"{time.time() - clock.start:.0f} s, {sum(os.times()[:4]):.0f} of processor time"
@@ -203,7 +191,7 @@ def crf_on_cams(data, cams, folder):
         scores = cam_scores(arrays["cam"].astype(np.float32), image.shape[:2])
         probs = (scores / scores.sum(0)).clamp(min=1e-5)                # background as for seeds
         rgb = torch.from_numpy(image).permute(2, 0, 1)                  # (3, H, W)
-        winner = dense_crf(probs[None], rgb[None], *MASK_CRF)[0].argmax(0)
+        winner = dense_crf(probs[None], rgb[None], *MASK_CRF["VOC2012"])[0].argmax(0)
         classes = np.concatenate([[0], arrays["keys"]]).astype(np.uint8)
         write_label(path, classes[winner.numpy()])
 
@@ -283,12 +271,10 @@ def what_stages_made(data, out, image_id):
     """The pictures of a row, (H, W, 3) uint8 each, in the order of the chain; truth is last."""
     image = data.image(image_id)
     cam = np.load(out / f"1_cam/cams/{image_id}.npz")["cam"].max(0)     # (h, w) of the best class
-    light = Image.fromarray(np.uint8(255 * cam)).resize(image.shape[1::-1])
-    lit = np.uint8(image * (0.2 + 0.8 / 255 * np.asarray(light)[:, :, None]))
     folders = [out / "1_cam/seeds", out / "2_weakclip/masks/train", out / "3_segment/images/photos"]
     paths = [folder / f"{image_id}.png" for folder in folders]
     labels = [read_label(p) for p in [*paths, data.truth_path(image_id)]]
-    return [image, lit, *(colour_map()[label] for label in labels)]
+    return [image, light(image, cam), *(colour_map()[label] for label in labels)]
 
 
 # ======================================================================================= ablations
@@ -338,7 +324,8 @@ def ablate(runs, world, settings, machine, only=None, seeds=3):
         stage("stage2_weakclip.py", *common, "--runs", place, *sources, *given,
               "--seed", seed, *known[name], log=place / "log.txt")
         masks = place / data.name / "2_weakclip/masks"
-        found[job] = [score(data, masks / split, split, limit) for split in ("train", "val")]
+        found[job] = [score_folder(data, masks / split, split, limit)["miou"]
+                      for split in ("train", "val")]
 
     names = dict.fromkeys(["paper", *(only or known)])                  # each once, in this order
     jobs = [(name, seed) for name in names for seed in range(seeds)]
