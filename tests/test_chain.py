@@ -18,6 +18,7 @@ import torch
 import torchvision
 from PIL import Image
 
+import stage1_cam as stage1
 import stage2_weakclip as stage2
 from conftest import CLASSES, ROOT, draw_dataset, read_json, script, tiny_clip
 from eval import COCO_CLASSES, COCO_SLOTS, find_dataset, read_label
@@ -32,7 +33,7 @@ ONE_VIEW = ["--scales", 1, "--no-flip"]
 def chain(dataset, clip_file, tmp_path_factory):
     """The four commands in a row, each as the one before has named it -> the runs folder."""
     runs = tmp_path_factory.mktemp("runs")
-    command = ["stage1_cam.py", "--data", dataset, "--runs", runs]
+    command = ["stage1_cam.py", "--data", dataset, "--runs", runs, "--limit", 6]
     for options in ([*RESNET, *TINY], ["--clip", clip_file, *TINY, *TWO_VIEWS],
                     [*RESNET, *TINY, "--scales", 1], []):
         command = shlex.split(script(*command, *options).partition("Next: python ")[2])
@@ -57,6 +58,12 @@ def agreement(one, other):
 
 
 # ========================================================================== what the chain leaves
+
+def test_the_next_command_has_the_list_and_clip_of_this_one():
+    given = ["--data", "my birds", "--method", "clip", "--clip", "f.pt", "--split", "val"]
+    said = stage1.next_command("x.py", stage1.parse_args(given), "split", "limit", "clip")
+    assert said == "python x.py --data 'my birds' --runs runs --split val --clip f.pt"
+
 
 def test_files_are_those_of_the_design(chain, dataset):
     """Palette PNGs of class numbers in the photo's size (92), and CAMs at stride 4."""

@@ -410,7 +410,8 @@ def test_no_pickle_is_opened(folder, said):
 
 def test_a_folder_of_photos(folder, said):
     """It has photos, one of a name; and there is a run to take the network from."""
-    refused(said, STAGE3 + " --images {0}/JPEGImages", "checkpoint.pt")
+    for command in (STAGE2, STAGE3):
+        refused(said, command + " --images {0}/JPEGImages", "readable checkpoint; train first, or")
     assert said(STAGE3 + " --no-flip --no-crf")[0] == 0
     (folder / "none").mkdir()
     shutil.copytree(folder / "JPEGImages", folder / "two")
