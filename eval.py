@@ -6,7 +6,7 @@ run     python eval.py --data VOC2012                       # everything found i
         python eval.py --data VOC2012 --download            # VOC 2012 and SBD's list, from nothing
         python eval.py --data COCO2014 --prepare            # COCO 2014, from its own files
 reads   VOC2012/SegmentationClass/<id>.png (true masks)
-        runs/VOC2012/**/{seeds,masks/<split>}/<id>.png
+        runs/VOC2012/{1_cam/seeds,**/masks/<split>}/<id>.png
 writes  runs/VOC2012/{metrics.json, report.html}
 
 In this order: the dataset folder and what is read from it, the record of a run, how VOC 2012 and
@@ -47,7 +47,7 @@ VOC_CLASSES = tuple("""
     background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
     motorbike person pottedplant sheep sofa train tvmonitor""".split())
 # COCO numbers its categories 1 to 90 and leaves ten of the numbers unused. The released code has
-# an output for each of the 91 slots; our COCO has the 81 names that occur, numbered on (32).
+# an output for each of the 91 slots; our COCO has the 81 names that occur, without gaps (32).
 COCO_SLOTS = """
     background, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
     fire hydrant, street sign, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow,
@@ -81,13 +81,13 @@ PHOTO_ENDINGS = (".jpg", ".jpeg", ".png")
 TRUTH_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dataset:
     """A folder in VOC's layout: photos, lists of ids, image-level labels, perhaps true masks.
 
     classes: names, background first. A class number is a place in this tuple, everywhere: in
     classes.txt (line 1 is number 0), in label PNGs, in CAM files and in a network's outputs.
-    texts: class name -> what CLIP reads for it in stage 1, for names that classes.txt has one for.
+    texts: class name -> words for it that stage 1's CLIP reads, where classes.txt gives some.
     """
     root: Path
     name: str
@@ -228,9 +228,8 @@ def for_each(function, items, text):
 # ------------------------------------------------------------------------ names, lists, labels
 
 def is_name(text):
-    """True for what can name files: no folder, no hidden file, no white space, not too long."""
-    odd = re.search(r"[/\\ ]|^\.", text) or not text.isprintable()
-    return not odd and 0 < len(text.encode()) <= 200
+    """True for what can name files: no folder, no hidden file, no white space, not long."""
+    return text.isprintable() and not re.search(r"[/\\ ]|^\.|^$|.{201}", text)
 
 
 def find_file(folder, image_id, endings):
@@ -367,7 +366,7 @@ def decode(path, formats):
 
 
 def read_image(path):
-    """Photo -> (H, W, 3) uint8 RGB as displayed. Raises ValueError for a broken or 16-bit one.
+    """Photo -> (H, W, 3) uint8 RGB as displayed. Raises ValueError for a broken or 16-bit grey one.
 
     AUDIT.md: (103), (E22).
     """
@@ -470,7 +469,8 @@ def check_inputs(data, ids, label_folder=None, image_labels=None, tolerated=TOLE
             raise ValueError(f"{missing[0]} and {len(missing) - 1} more are missing; run the stage "
                              "before on the same list")
     else:
-        labels = {image_id: data.truth_path(image_id) for image_id in ids if image_labels}
+        known = image_labels is not None
+        labels = {image_id: data.truth_path(image_id) for image_id in ids if known}
 
     # A mask of another size cannot be laid over its photo, and resizing it in silence would hide
     # that one of the two was cropped or turned.
@@ -506,7 +506,7 @@ def compare_classes(data, folder, held, image_labels, tolerated):
     extra = min(objects[wrong[0]] - set(image_labels[wrong[0]]))
     names = [data.classes[k] for k in image_labels[wrong[0]]]
     told = (f"{folder}/{wrong[0]}.png: number {extra} is {data.classes[extra]}, and the labels of "
-            f"the image say {', '.join(names) or 'no class'}; so do {len(wrong)} of {len(held)}")
+            f"the image say {', '.join(names) or 'no class'}; so in {len(wrong)} of {len(held)}")
     if len(wrong) > tolerated * len(held):
         raise ValueError(f"{told}; number them as in classes.txt, or mend that or the labels")
     note(told)
@@ -626,8 +626,8 @@ def start_run(folder, args, digests, device, mask_options=()):
         return
     free = {*MACHINE_OPTIONS, *FILE_OPTIONS, *mask_options} - digests.keys()
     then = {**before.get("options", {}), **before.get("digests", {})}
-    # Digests come first, so that they are named first, and last, since the digest of a file counts
-    # and not the option that names it.
+    # Digests come first, so that they are named first, and again last, over the options of the same
+    # name: the digest of a file counts.
     for name, value in {**digests, **vars(args), **digests}.items():
         if name not in free and then.get(name) != value:
             raise ValueError(f"{folder} was made with {name} = {str(then.get(name))[:40]}, not "
@@ -742,7 +742,7 @@ def download(name):
 
 
 def prepare(name):
-    """COCO 2014's own files -> VOC's layout. Raises ValueError for another name, or a lack."""
+    """COCO 2014's own files -> VOC's layout. Raises ValueError, OSError for a missing file."""
     root = Path(name)
     if dataset_name(root) != "COCO2014":
         raise ValueError(f"--data {name}: a folder COCO2014 is expected (annotations/, train2014/)")
@@ -829,8 +829,8 @@ def confusion(truth, prediction, K):
 def scores(matrix):
     """Confusion matrix of a whole dataset (K, K + 1) -> percentages.
 
-    iou: (K,) per class, NaN for a class without pixels in truth and prediction; miou: mean of iou
-    over the other classes; pixel_accuracy: hits among all scored pixels.
+    iou: (K,) per class, NaN for a class in neither truth nor prediction; miou: mean of those that
+    are not NaN, background's among them; pixel_accuracy: hits among all scored pixels.
     """
     # The matrix has K + 1 columns, its diagonal K entries: "unsure" is right for no class.
     hit = np.diag(matrix)                                                # (K,)
@@ -916,7 +916,7 @@ def score_runs(data, folder):
                 facts = {name: record.get("provenance", {}).get(name) for name in PROVENANCE}
                 # Image-level labels are given for training images alone: val is never filtered.
                 facts["label_filter"] = bool(facts["label_filter"]) and splits[0] == training
-                # With --checkpoint nothing was learned here; SegmentationClass are true masks.
+                # With --checkpoint nothing was learned here. SegmentationClass: true masks.
                 learned = options.get("masks", options.get("seeds"))
                 facts["learned_from"] = options.get("checkpoint") or learned
                 rows.append({"stage": stage.relative_to(folder).as_posix(), **row, **facts})
@@ -959,7 +959,7 @@ def overlay(photo, label, classes, side=800):
     """
     grey = photo.mean(2, keepdims=True)                                  # (H, W, 1)
     mixed = np.where(label[:, :, None] > 0, grey / 2 + colour_map()[label] / 2, photo)
-    sheet = ImageOps.contain(Image.fromarray(mixed.astype(np.uint8)), (side, side))
+    sheet = ImageOps.contain(Image.fromarray(np.uint8(mixed)), (side, side))
     for k in np.unique(label[(label > 0) & (label != IGNORE)]):
         row, column = np.argwhere(label == k).mean(0) * sheet.width / label.shape[1]
         ImageDraw.Draw(sheet).text((column, row), classes[k], (255, 255, 255), anchor="mm",

@@ -22,10 +22,12 @@ its first user in section II; stage 2 needs it in a loss and for its masks, stag
 Then comes what every training run needs, whatever it trains, and at the end the command line.
 From `clip`, ours and not OpenAI's package, come CLIP and the reading of weight files; from `eval`,
 our eval.py, come the dataset folder, label PNGs and the record of a run.
-# GUESS marks a choice for which no source was found; (E1) to (E24) are rows of AUDIT.md, part 5.
+Lines marked # GUESS are choices for which no source was found; (47) and the like are rows of
+AUDIT.md, (E1) to (E24) those of its part 5.
 
 Shapes: B images of a batch, K classes with background first, J of them (never background) present
-in one photo, H W pixels, h w a coarser grid: a network's at stride 16, or the CAMs' at stride 4.
+in one photo, H W pixels, h w a coarser grid: a network's at stride 16, or the CAMs' at stride 4;
+C channels, L tokens, D numbers of a CLIP feature, "words" the number of background words.
 """
 import contextlib
 import datetime
@@ -211,6 +213,7 @@ def write_seeds(make, data, ids, labels, machine, folder):
         cam_path = folder / f"cams/{image_id}.npz"
         write_whole(cam_path, lambda file: np.savez_compressed(file, **arrays))
         write_label(seed_path, seed)
+    machine.wait()
 
 
 # ------------------------------------------------------------------------------------- the backbone
@@ -270,7 +273,7 @@ def conv_layout(x):
     """x (B, C, H, W) in the memory layout that the convolutions behind it are quickest in.
 
     In bfloat16 (--amp) they work on channels-last memory, and copy what comes in another layout
-    layer by layer. In float32 that is no faster, and the rounding errors of gradients were 2 to 4
+    layer by layer. In float32 channels-last is no faster, and gradients had rounding errors 2 to 4
     times as large.
     """
     bf16 = torch.is_autocast_enabled(x.device.type)
@@ -358,7 +361,7 @@ def random_window(rng, length, size):
 
 # ------------------------------------------------------------------------ the classifier's training
 # A photo may show several classes, so each class is a question of its own, answered yes or no. The
-# loss is the mean over images and classes, y the target 0 or 1 and s the raw score, of
+# With y the target, 0 or 1, and s the raw score, the loss is the mean over images and classes of
 #
 #     - y log sigmoid(s) - (1 - y) log sigmoid(-s)
 #
@@ -396,9 +399,9 @@ def train(model, data, ids, labels, args, machine, folder):
     """Train the classifier on the image labels, from its last checkpoint if there is one.
 
     In this order: batch, rate; for each part of the batch forward, loss, backward; then step, log,
-    save. The loops of stages 2 and 3 are the same, with other losses; stage 2's network has chance
-    of its own, dropout, and seeds it. In several processes the log has the losses of the first
-    one's share.
+    save. The loops of stages 2 and 3 are the same, with other losses; stage 2's network has
+    dropout, which is drawn anew each iteration. In several processes the log has the losses of the
+    first one's share.
     AUDIT.md: (49).
     """
     make = functools.partial(labelled_image, data, labels, args.crop)
@@ -510,8 +513,9 @@ def class_texts(data):
 def clip_input(image):
     """Photo (H, W, 3) uint8 -> (1, 3, 16h, 16w) float32, normalised for CLIP.
 
-    Not padded, not cropped: both sides are stretched to the next multiple of 16 (E3). A photo of
-    375 x 500 pixels becomes 384 x 512, a grid of 24 x 32 patches.
+    Not padded, not cropped: a long side over CLIP_SIDE is reduced to it, then both sides are
+    stretched to the next multiple of 16 (E3). A photo of 375 x 500 pixels becomes 384 x 512, a grid
+    of 24 x 32 patches.
     """
     shrink = min(1, CLIP_SIDE / max(image.shape[:2]))
     size = [16 * math.ceil(round(side * shrink, 6) / 16) for side in image.shape[1::-1]]
@@ -672,11 +676,11 @@ def wrapped_colours(image):
     and 104 are 255 apart in blue. A slip, but the published numbers contain it (E16).
     """
     x = image[:, :, ::-1] - np.float32([104.008, 116.669, 122.675])              # (H, W, 3)
-    return torch.from_numpy((np.trunc(x) % 256).astype(np.uint8)).permute(2, 0, 1)
+    return torch.from_numpy(np.uint8(np.trunc(x) % 256)).permute(2, 0, 1)
 
 
 def crf_of_scores(scores, image):
-    """Scores (1 + J, H, W) float16 and the photo (H, W, 3) -> the CRF's Q (1 + J, H, W) float32."""
+    """Scores (1 + J, H, W) float16, photo (H, W, 3) -> the CRF's probabilities Q (1 + J, H, W)."""
     # As CLIP-ES's code has it: floored at 1e-5, and the logarithm is rounded to float16 (E15).
     # dense_crf takes the logarithm again.
     probs = scores.clamp(1e-5, 1).log().float().exp()
@@ -715,7 +719,7 @@ def clip_seed(model, texts, image, present, threshold, machine):
     h, w = x.shape[2] // 16, x.shape[3] // 16
     positions = clip.resize_positions(model.visual.positional_embedding, h, w)  # (1 + N, C)
     with machine.autocast():
-        # CLIP-ES's code keeps CLIP in float16, and so rounds the positions (E4).
+        # CLIP-ES's code rounds the positions to float16, even where all else is float32 (E4).
         tokens, attentions = patch_tokens(model.visual, x, positions.half().float())
     *_, raw, attention = grad_cam(model.visual, tokens, here, J, model.logit_scale.exp())
     before = min_max(min_max(raw.relu().view(J, h, w)))                      # twice (E7)
@@ -752,7 +756,7 @@ def seeds_from_clip(model, data, ids, labels, machine, folder):
 # stand for them; all pixels are updated at once, and that ten times over. The sum over all pairs is
 # a Gaussian filter, done on a permutohedral lattice (Adams, Baek and Davis, Eurographics 2010). The
 # published WeakCLIP numbers were made with that lattice, so its approximation is part of the
-# method: the exact sum over all pairs gives other labels on 0.5 to 14 % of the pixels.
+# method: the exact sum over all pairs gives other labels on 0.5 to 3.6 % of the pixels.
 #
 # The lattice by example, in one dimension. Its vertices are the whole numbers; one unit is
 # sqrt(3) / 2 standard deviations of the Gaussian that is wanted. Point a lies at 0.25 and has the
@@ -771,7 +775,7 @@ def seeds_from_clip(model, data, ids, labels, machine, folder):
 #            b        2/3 * (1/2 * 14 + 1/2 * 8) = 7.33      constant, 1 / (1 + 2^-d)
 #
 # Where both points have the value 1 comes 1.30 and 1.31. So the means around a and b are 6.40 and
-# 5.59; the exact filter has 6.57 and 5.43. (`test_the_worked_example` has these numbers.) The
+# 5.59; the exact filter has 6.57 and 5.43. (tests/test_crf.py has these numbers.) The
 # constant would give a lone point on vertex 0 its own value back, were no vertex absent. But it
 # touches 0 and, with weight 0, 1; vertex -1 is absent. Two blurs leave 1 + 1/4 of it at vertex 0,
 # and it gets 2/3 of that, 5/6. In the CRF constants cancel: every kernel is divided by its sums of
@@ -830,8 +834,8 @@ class Lattice:
 
     def __call__(self, values):
         """values (B, P, K), filtered: (B, P, K)."""
-        vertices = self.blur(self.splat(values.flatten(0, 1)))         # (M+1, K)
-        return self.slice(vertices).unflatten(0, self.shape)
+        blurred = self.blur(self.splat(values.flatten(0, 1)))          # (M+1, K)
+        return self.slice(blurred).unflatten(0, self.shape)
 
     def splat(self, values):
         """Points (BP, K) -> vertices (M+1, K)."""
@@ -839,9 +843,15 @@ class Lattice:
 
     def blur(self, x):
         """Vertices (M+1, K) -> vertices (M+1, K), along one axis after another."""
-        for index in self.blur_index:
-            x = weighted_sums(x, index, self.blur_weights)
-        return x
+        # Memory for a tensor of over 32 MB comes from the system, page by page, each time anew. At
+        # 81 labels that takes a quarter of the time, so only as many go at once as stay below.
+        parts = []
+        for part in x.split(max(1, 2 ** 23 // len(x)), 1):
+            part = part.contiguous()
+            for index in self.blur_index:
+                part = weighted_sums(part, index, self.blur_weights)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def slice(self, x, rows=...):
         """Vertices (M+1, K) -> the points `rows`, (R, K); all without `rows`."""
@@ -853,7 +863,7 @@ class Lattice:
         A pixel among many alike has a large row sum, its degree. Left as it is, the million pairs
         of a sky would outweigh a wire before it. Half is divided out where a pixel speaks and half
         where it listens, so that i moves j as much as j moves i (in the lattice nearly so); k / D
-        has not that.
+        would not.
         """
         ones = self.slice_weights.new_ones(*self.shape, 1)
         norm = (self(ones) + 1e-20).rsqrt().flatten()                  # (BP,)
@@ -863,12 +873,12 @@ class Lattice:
 
 
 def weighted_sums(x, index, weights, start=None):
-    """A sparse matrix times x (N, K): each of the R rows that come back is a sum of rows of x.
+    """A sparse matrix times x (., K): each of the R rows that come back is a sum of rows of x.
 
-    index, weights (R, n): row i is sum_n weights[i, n] * x[index[i, n]]. Where some rows have more
+    index, weights (R, n): row i is sum_j weights[i, j] * x[index[i, j]]. Where some rows have more
     entries than others both are flat, and row i sums those from start[i] up to start[i + 1].
-    The splat of the example: x = (8, 4), index = (a, a, b, b), start = (0, 1, 3) for the vertices
-    0, 1, 2 and weights = (3/4, 1/4, 1/2, 1/2) give (6, 4, 2).
+    The splat of the example: x = (8, 4), index = (a, b, a, b), start = (0, 1, 2) for the vertices
+    0, 2, 1 and weights = (3/4, 1/2, 1/4, 1/2) give (6, 2, 4).
     An embedding bag is torch's one operation that fetches rows, weighs and adds them without
     writing the products down.
     """
@@ -1007,7 +1017,7 @@ def dense_crf(probs, image, gaussian, bilateral, iterations=10):
     """Refine class probabilities by the colours of the image; returns Q (B, K, H, W) float32.
 
         Q0 = softmax(-U),  Q <- softmax(-U + sum_m w_m D_m^-1/2 k_m D_m^-1/2 Q)
-        U = -log probs,    D = row sums of k
+        U = -log probs,    k_m and w_m the two kernels and their weights,    D_m = row sums of k_m
 
     probs (B, K, H, W) positive, need not sum to one over K; image (B, 3, H, W) RGB 0..255;
     gaussian (sxy, weight) of the kernel of positions, bilateral (sxy, srgb, weight) of that of
@@ -1040,11 +1050,11 @@ def dense_crf(probs, image, gaussian, bilateral, iterations=10):
 # From here on nothing is about the method. Why a resumed run is exact, bit for bit (same device,
 # --amp, number of processes and of threads; on a GPU with --deterministic): an iteration depends on
 # four things, and none of them is how long this process has been running.
-#   1. parameters, running statistics and optimizer after the one before: in the checkpoint; CLIP's,
-#      which stage 2 freezes, come from their file, whose digest args.json holds;
+#   1. parameters, running statistics and optimizer, as the iteration before left them: in the
+#      checkpoint; those of a frozen CLIP are in its file, whose digest args.json holds;
 #   2. which images are in its batch, and how they are augmented: `Samples` are numbered through
 #      the whole run, and what becomes of sample s is a function of (seed, s);
-#   3. the network's own chance, dropout: seeded anew by (seed, iteration, process);
+#   3. the network's own chance, dropout: drawn from (seed, iteration, process);
 #   4. the learning rate: a function of the iteration.
 # One random stream through the whole training would do as well if its state were saved, but every
 # worker that loads images has one too, each in another place. Functions have no state: there is
@@ -1101,8 +1111,8 @@ class Machine:
             dist.barrier()
 
     def place(self, model):
-        """The model on the device. BatchNorm then sees the whole batch, on several GPUs at least:
-        elsewhere torch cannot, and each process norms its own share."""
+        """The model on the device. BatchNorm then sees the images of all processes, on several GPUs
+        at least: elsewhere torch cannot, and each process norms its own share."""
         if self.world > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return model.to(self.device)
@@ -1217,12 +1227,12 @@ def save(folder, model, optimizer, step, facts, frozen=()):
 
 def read_checkpoint(path, stage):
     """What `save` wrote in a stage, "2_weakclip" say. Raises ValueError for any other file."""
-    try:
+    # torch's reader raises many kinds of errors, with advice that is of no use here.
+    with contextlib.suppress(Exception):
         saved = torch.load(path, map_location="cpu", weights_only=True)  # builds plain values only
-        assert saved["facts"]["stage"] == stage
-        return saved
-    except Exception:  # torch's reader raises many kinds, with advice that is of no use here
-        raise ValueError(f"{path}: no readable checkpoint; train first, or delete it") from None
+        if saved["facts"]["stage"] == stage:
+            return saved
+    raise ValueError(f"{path}: no readable checkpoint; train first, or delete it")
 
 
 def load_trained(model, state, frozen=()):
@@ -1231,7 +1241,7 @@ def load_trained(model, state, frozen=()):
     Raises ValueError naming what is missing, unexpected or of another shape: a network that is half
     loaded works, and is wrong.
     """
-    own = {name: own for name, own in model.state_dict().items() if name.startswith(frozen)}
+    own = {name: value for name, value in model.state_dict().items() if name.startswith(frozen)}
     try:
         model.load_state_dict({**state, **own})
     except (RuntimeError, TypeError) as error:
@@ -1239,7 +1249,7 @@ def load_trained(model, state, frozen=()):
 
 
 def resume(folder, model, optimizer, facts, machine, frozen=()):
-    """How many iterations are done: model and optimizer are as they were after them.
+    """Bring model and optimizer to the last checkpoint; returns how many iterations are done.
 
     0 without a checkpoint. Raises ValueError for one of another run.
     """
@@ -1262,7 +1272,8 @@ def check_output(image_id, values):
     Sound weights can overflow on the way through it; argmax would make a mask of that all the same.
     """
     if not values.isfinite().all():
-        raise ValueError(f"{image_id}: the network's answer is no number; try a smaller --lr")
+        raise ValueError(f"{image_id}: the network's answer is no number; try without --amp, or "
+                         "train with a smaller --lr")
 
 
 def load_clip(name, seed, machine):
@@ -1286,7 +1297,7 @@ def common_options(description, iters, lr, batch_size, crop):
     """The parser with the options that all stages have.
 
     iters, lr, batch_size, crop: defaults. A text instead of a number is what --help shows for a
-    default that depends on the data: it is None here, and filled in later.
+    default that depends on the data or on other options: it is None here, and filled in later.
     """
     parser = Parser(description=description)
     parser.add_argument("--data", required=True, help="a dataset's name or folder (README, Data)")
@@ -1338,7 +1349,7 @@ def open_run(args):
     if args.batch_size % (machine.world * args.accumulate):
         raise ValueError(f"--batch-size {args.batch_size}: no multiple of processes x --accumulate")
     if args.workers is None:
-        args.workers = 0 if machine.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        args.workers = 0 if machine.device.type == "cpu" else min(8, os.cpu_count())
     return data, machine
 
 
@@ -1356,7 +1367,7 @@ def parse_args(argv=None):
 
     AUDIT.md: (50).
     """
-    parser = common_options(__doc__.splitlines()[0], "5 epochs", "0.1; none: 0.01", 16, 512)
+    parser = common_options(__doc__.splitlines()[0], "5 epochs", "0.1; from nothing 0.01", 16, 512)
     backbone_options(parser, "resnet50")
     parser.add_argument("--method", choices=("classifier", "clip"), default="classifier",
                         help="train one, or ask CLIP and train nothing [%(default)s]")
@@ -1374,10 +1385,10 @@ def main():
     if machine.main:
         check_inputs(data, ids, image_labels=labels)
     folder = args.runs / data.name / "1_cam"
-    digests = data.digests(args.split, labels=json.dumps(labels),
-                           texts=json.dumps(class_texts(data)))
+    digests = data.digests(args.split, labels=json.dumps(labels))
     if args.method == "clip":
         model, digests["clip"] = load_clip(args.clip, args.seed, machine)
+        digests["texts"] = json.dumps(class_texts(data))
     else:
         note_unteachable(data, labels)
         digests["weights"] = weights_digest(args.arch, args.weights)

@@ -176,7 +176,7 @@ def resized_pyramid(grids):
 # CLIP was trained on captions, and a bare class name is no caption. People write templates around
 # it ("a photo of a {}"); here the words around the name are vectors that are trained with the rest.
 # They suit the task rather than the English language. The text encoder itself stays frozen: the
-# gradient passes through it to the vectors, 8 of 512 numbers, the same ones for all classes.
+# gradient passes through it to the vectors, 8 with 512 numbers each, the same for all classes.
 # Of "dog" the text encoder reads, a column for each token,
 #
 #     [start] [context 1] ... [context 8] [dog] [end]
@@ -392,21 +392,16 @@ class TextGuidedDecoder(nn.Module):
         # The last convolution keeps torch's default initialisation (4).
         self.classify = nn.Conv2d(head_channels, n_classes, 1)
 
-    def laterals(self, pyramid):
-        """Four (B, fpn_channels, ., .): the same channels for all levels, so that they add up.
-
-        pyramid: four (B, channels, ., .) at strides 4, 8, 16 and 32, each joined by the score map.
-        A 1x1 convolution is a linear layer at every place: it also weighs the K scores against the
-        adapter's channels, which is where the text guides.
-        """
-        return [conv(level) for conv, level in zip(self.lateral, pyramid)]
-
-    def neck(self, laterals):
+    def neck(self, pyramid):
         """Four (B, fpn_channels, ., .), each with all coarser levels added to it.
 
+        pyramid: four (B, channels, ., .) at strides 4, 8, 16 and 32, each joined by the score map.
         AUDIT.md: (62).
         """
-        x = list(laterals)
+        # Laterals: the same channels for all levels, so that they add up. A 1x1 convolution is a
+        # linear layer at every place: it also weighs the K scores against the adapter's channels,
+        # which is where the text guides.
+        x = [conv(level) for conv, level in zip(self.lateral, pyramid)]
         # Top down. Upsampling goes to the finer level's size and not by a factor of 2, because a
         # grid of 33 tokens has 16 below it.
         for i in (2, 1, 0):
@@ -429,7 +424,7 @@ class TextGuidedDecoder(nn.Module):
         # In bfloat16 the channels of a place come to lie side by side in memory, which makes all
         # convolutions from here on faster; on a CPU a training step by a fifth.
         pyramid = [conv_layout(level) for level in pyramid]
-        features = self.head(self.neck(self.laterals(pyramid)))  # (B, head_channels, H/4, W/4)
+        features = self.head(self.neck(pyramid))  # (B, head_channels, H/4, W/4)
         return self.classify(self.drop(features))
 
 
@@ -460,7 +455,7 @@ class WeakCLIP(nn.Module):
 
     clip_model: a CLIP of patch 16. token_ids (K, L): from `name_tokens`, background first.
     crop: training crop in pixels. The sizes of the trained parts follow CLIP's embedding: for
-    ViT-B/16 co-attention is 256 wide with 4 heads, and so many channels has the decoder.
+    ViT-B/16 co-attention is 256 wide with 4 heads, and the decoder has 256 channels.
     AUDIT.md: (57), (7d), (64).
     """
 
@@ -469,9 +464,9 @@ class WeakCLIP(nn.Module):
         self.clip = clip_model
         self.switches = switches
         self.crop = crop
-        # Names that begin so are left out of checkpoints: each would hold the same 150 M numbers.
+        # What begins so is left out of checkpoints, which would each hold the same 150 M numbers.
         self.frozen = ("clip.",) if switches.freeze_clip else ()
-        self.outputs = slice(None)  # the channels that are classes: all but some of COCO's (32)
+        self.outputs = slice(None)  # channels that are classes: all, but of released COCO's 91 (32)
         self.register_buffer("token_ids", token_ids, persistent=False)
         K = len(token_ids)
         width, channels = clip_model.visual.proj.shape  # of a token inside CLIP, of an embedding
@@ -598,7 +593,7 @@ class WeakCLIP(nn.Module):
     def join_score_map(self, pyramid, score):
         """Text guidance: the pyramid with the score map as further channels, (B, C + K, ., .).
 
-        The map (B, K, h, w) enters as cosine, not divided by TAU, resized to each level.
+        The map (B, K, h, w) enters as cosine, without the temperature of `score_loss`, resized.
         """
         if not self.switches.text_guidance:
             return pyramid
@@ -627,9 +622,9 @@ class WeakCLIP(nn.Module):
 # There is no true mask to learn from, only seeds: right in the middle of objects, wrong or unsure
 # near their boundaries. Each of three losses (seeding, boundary, score) covers what another
 # cannot see; `weakclip_losses` adds them up. Seeding and boundary are taken at an eighth of the
-# image's size, because the dense CRF runs at every step. For now: a dense CRF redraws
-# probabilities so that near and like-coloured pixels agree (stage 1). The default seeds of stage 1
-# leave nothing unsure; padding, and seeds of other methods, do.
+# image's size, because the dense CRF runs at every step: it redraws probabilities so that near and
+# like-coloured pixels agree (stage 1). The default seeds of stage 1 leave nothing unsure; padding,
+# and seeds of other methods, do.
 
 def seeding_loss(p, y):
     """Negative log likelihood of the seeds, a scalar: background and all objects weigh the same.
@@ -706,7 +701,8 @@ def mean_cross_entropy(logits, labels, over_valid=True):
     logits (B, K, H, W); labels (B, H, W) int64, 255 = unsure.
     # RELEASED score_loss_over_valid: mean over all pixels, unsure ones add 0 (24).
     """
-    nll = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    # Summed by itself: with reduction "sum" a GPU has no --deterministic way.
+    nll = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none").sum()
     if not over_valid:
         return nll / labels.numel()
     return nll / (labels != IGNORE).sum().clamp(min=1)
@@ -721,7 +717,7 @@ TAU = 0.07
 def score_loss(score, seeds, over_valid):
     """Cross entropy of the score map / tau with the seeds, a scalar.
 
-    score (B, K, h, w) cosines, resized to the seeds' size; seeds (B, H, W) int64, 255 = unsure.
+    score (B, K, h, w) cosines, here resized to the seeds; seeds (B, H, W) int64, 255 = unsure.
     # PAPER text-to-pixel matching learns from the seeds.
 
     Pulls each place's feature to the text of its class and away from the other texts, so that the
@@ -823,7 +819,7 @@ def resize_image(image, size):
 
 def stretch(x, factor, shift=0):
     """x * factor + shift, cut to uint8 as OpenCV's arrays are after each step."""
-    return np.clip(x.astype(np.float32) * factor + shift, 0, 255).astype(np.uint8)
+    return np.uint8(np.clip(np.float32(x) * factor + shift, 0, 255))
 
 
 def photometric_distortion(rng, image):
@@ -863,8 +859,8 @@ def random_crop(rng, label, crop):
     label (H, W) of numbers. The corner is drawn anew up to 10 times, then the last one stands.
     AUDIT.md: (74).
     """
-    # A crop of nothing but background teaches little, and the seeding loss would have one side. A
-    # photo whose one object covers an eighth of it has few better corners: 11 draws, then be it.
+    # A crop of nothing but background teaches little, and the seeding loss would have one side.
+    # Where one object covers an eighth of the photo few corners are better: so 11 draws at most.
     for _ in range(11):
         top, left = (int(rng.integers(0, max(side - crop, 0) + 1)) for side in label.shape)
         part = label[top:top + crop, left:left + crop]
@@ -891,8 +887,8 @@ def seeded_image(data, seeds, crop, switches, image_id, rng):
     image = data.image(image_id)  # (H, W, 3)
     path = label_path(seeds, image_id)
     label = read_label(path, len(data.classes), image.shape[:2])  # (H, W)
-    # Objects are shown half to twice as large as in the photo whose short side is the crop. The
-    # long side may have up to four crops times the ratio, as released. A photo of 375 x 500 gets
+    # Objects are shown half to twice as large as in the photo whose short side is the crop; the
+    # long side is at most 4 * crop * ratio, as released. A photo of 375 x 500 gets
     # 256 x 341 pixels at least, which leaves two thirds of a crop of 512 to padding, and 1024 x
     # 1365 at most, of which the crop shows a fifth.
     ratio = rng.uniform(0.5, 2)
@@ -915,17 +911,18 @@ def seeded_image(data, seeds, crop, switches, image_id, rng):
 def training_ids(data, args, switches):
     """Ids that training runs over: the training list; VOC's train twice if so released."""
     ids = data.ids(args.split, args.limit)
-    if switches.train_listed_twice and args.split == "trainaug" and data.has("train"):
+    if switches.train_listed_twice and args.split == "trainaug":
         # RELEASED train_listed_twice: trainaug contains train, and both lists are read (27)
-        ids = ids + data.ids("train", args.limit)
+        ids = ids + [image_id for image_id in data.ids("train") if image_id in ids]
     return ids
 
 
 # ===================================================================================== training
-# An iteration takes 16 crops with their seeds, sets the learning rate, runs network and losses in
-# as many parts as --accumulate says, each of which adds its gradients to those before, averages the
-# gradients of all processes, and takes one step of AdamW. Every 10 iterations log.jsonl gets a line
-# with each loss under its name, every 500 iterations the checkpoint is replaced.
+# An iteration takes a batch of crops with their seeds (16; COCO 24), sets the learning rate, runs
+# network and losses in as many parts as --accumulate says, each of which adds its gradients to
+# those before, averages the gradients of all processes, and takes one step of AdamW. Every 10
+# iterations log.jsonl gets a line with each loss under its name, every 500 iterations the
+# checkpoint is replaced.
 #
 # VOC's 10,582 images make 661 iterations of 16, so that 20,000 of them show each image some 30
 # times, at another scale, place and colour each time. What the losses say at first can be told
@@ -1145,6 +1142,7 @@ def predictor(model, args, machine):
 # The network has seen seeds of these very images, and yet its masks can be better than they: what
 # seeds get wrong in one image and not in the next is hard to learn, what they get right repeats. An
 # error that all seeds share stays, unless CLIP or the CRF speaks against it.
+#
 # A last dense CRF, at full resolution, brings the ends of the masks to the image's edges. All
 # this serves stage 3 as well, whose masks are made of its own network's probabilities.
 
@@ -1153,7 +1151,7 @@ def predictor(model, args, machine):
 MASK_CRF = {"VOC2012": ((3, 3), (83, 5, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
 
 # Options that change masks but not the model that makes them.
-MASK_OPTIONS = ("scales", "no_flip", "no_crf", "label_filter", "images")
+MASK_OPTIONS = ("scales", "no_flip", "no_crf", "label_filter")
 
 
 def mask_from(probs, image, crf, allowed):
@@ -1277,8 +1275,8 @@ def mask_options(parser, scales, size):
     parser.add_argument("--no-crf", action="store_true", help="leave out the dense CRF: quicker")
     parser.add_argument("--label-filter", action="store_true",
                         help="training list: only background and the image's own labels may win")
-    parser.add_argument("--images", type=Path, metavar="DIR",
-                        help="write masks of the photos in DIR to images/ and stop: no dataset is "
+    parser.add_argument("--images", type=Path,
+                        help="write masks of a folder of photos to images/ and stop: no dataset is "
                              "needed, but a trained model")
 
 
@@ -1291,7 +1289,7 @@ def mask_crf(args, table=MASK_CRF):
 
 
 # ============================================================== checkpoints of the released code
-# Ours hold the trained parts and the digest of the CLIP that they were trained around. Released
+# Ours hold what was trained, and the digest of the CLIP that it was trained around. Released
 # ones hold their own CLIP and are told from ours by their keys; a table translates the names.
 
 def new_network(args, classes, switches, machine):
@@ -1332,11 +1330,11 @@ def open_checkpoint(path, args, machine, classes=None):
 
 
 def open_released(saved, args, classes):
-    """The same from a released checkpoint {"meta": ..., "state_dict": ...}.
+    """A network and its classes' names, of a released checkpoint {"meta": ..., "state_dict": ...}.
 
     It holds its own CLIP, so `--clip` is not read. The switches are `--variant released` with
-    `--set` on top. Of COCO's 91 released slots only 80 and background are classes (32). Raises
-    KeyError or ValueError naming what is missing or does not fit.
+    `--set` on top (its table of positions stays resized). Of COCO's 91 released slots only 80 and
+    background are classes (32). Raises KeyError or ValueError naming what does not fit.
     """
     state = by_our_names(saved["state_dict"])
     # It lacks the logit scale, which WeakCLIP does not read; CLIP wants one.
@@ -1348,7 +1346,7 @@ def open_released(saved, args, classes):
     classes = classes or (COCO_CLASSES if K == len(COCO_SLOTS) else VOC_CLASSES)
     names = COCO_SLOTS if classes == COCO_CLASSES else classes
     if len(names) != K:
-        raise ValueError(f"it has {K} classes, the dataset {len(names)}")
+        raise ValueError(f"it has {K} classes, the dataset {len(classes)}")
     # The table of positions is stored at the training grid: 1 + (crop / 16)^2 rows.
     args.crop = 16 * math.isqrt(len(clip_model.visual.positional_embedding) - 1)
     args.iters = saved.get("meta", {}).get("iter")
@@ -1403,7 +1401,7 @@ def choose_switches(variant, settings):
         elif isinstance(before, float) and re.fullmatch(r"\d*\.?\d+", word):
             fields[name] = float(word)
         else:
-            raise ValueError(f"--set {text}: FIELD=true, false or a number from 0 on is expected; "
+            raise ValueError(f"--set {text}: FIELD=true, false or a number such as 0.5 is wanted; "
                              f"the fields are {', '.join(fields)}")
     return Switches(**fields)
 
@@ -1417,14 +1415,14 @@ def parse_args(argv=None):
         __doc__.splitlines()[0], "20,000; COCO2014 40,000", 1e-4, "16; COCO2014 24", 512)
     parser.add_argument("--clip", default="ViT-B/16", metavar="NAME|PATH|random",
                         help="OpenAI's (downloaded), a file, or an untrained one [%(default)s]")
-    parser.add_argument("--seeds", type=Path, metavar="DIR",
-                        help="label PNGs <id>.png to learn from, of any method [stage 1's]")
+    parser.add_argument("--seeds", type=Path,
+                        help="folder of label PNGs to learn from, of any method [stage 1's]")
     parser.add_argument("--variant", choices=("paper", "released"), default="paper",
                         help="the abstract, or the released code where they part [%(default)s]")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                         help="change a field of class Switches, to see what it does; may be given "
                              "several times: " + ", ".join(dataclasses.asdict(PAPER)))
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE",
+    parser.add_argument("--checkpoint", type=Path,
                         help="train nothing, make masks with this checkpoint, ours (as it was "
                              "trained, whatever --variant is) or a released one")
     mask_options(parser, [0.5, 0.75, 1.0, 1.25, 1.5, 1.75], "a short side of --crop pixels")

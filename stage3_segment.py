@@ -35,8 +35,8 @@ from stage1_cam import (IMAGENET_COLOURS, LOG_EVERY, SAVE_EVERY, Machine, backbo
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_options, mask_photos,
                              masks_are_current, mean_cross_entropy, resize_image, write_all_masks)
 
-# Of the CRF at test: (Gaussian sxy, weight), (bilateral sxy, srgb, weight), as released; stage 2's
-# masks have other constants.
+# Of the CRF at test: (Gaussian sxy, weight), (bilateral sxy, srgb, weight), as released; on VOC
+# stage 2's masks have others.
 # AUDIT.md: (72).
 SEGMENT_CRF = {"VOC2012": ((1, 3), (112, 2, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
 
@@ -127,9 +127,9 @@ def train(model, data, ids, args, machine, folder):
         L    = mean over labelled pixels of  - log softmax(logits)[mask]
         rate = base_lr (1 - step / iters)^0.9
 
-    It is stage 2's loop with one loss for three, and nothing frozen. The masks' unsure pixels (255)
-    and the padding teach nothing; all others count alike, right or wrong. With 21 classes L starts
-    at log 21 = 3.0; at 0.1 the right class has a probability of 0.9 in the (geometric) mean.
+    It is stage 1's loop with another loss, and all layers learn. The masks' unsure pixels (255) and
+    the padding teach nothing; all others count alike, right or wrong. With 21 classes chance is
+    log 21 = 3.0; at 0.1 the right class has a probability of 0.9 in the (geometric) mean.
     With --accumulate, or in several processes, L is the mean of the parts' means.
     AUDIT.md: (86), (87).
     """
@@ -149,8 +149,8 @@ def train(model, data, ids, args, machine, folder):
             group["lr"] = poly(group["base_lr"], step, args.iters)
         optimizer.zero_grad()
         total = 0
-        # A crop of 448 pixels takes some 1.4 GiB with ResNet-101 (tests/RESULTS.md): 16 of
-        # them do not fit into every card, and --accumulate shows them in parts.
+        # Each crop of 448 pixels takes some 1.4 GiB with ResNet-101 (tests/RESULTS.md): 16 of them
+        # do not fit into every card, and --accumulate shows them in parts.
         for image, mask in parts(batch, args.accumulate, machine):
             with machine.autocast():
                 logits = model(image)  # (B, K, H/8, W/8)
@@ -206,7 +206,7 @@ def parse_args(argv=None):
     backbone_options(parser, "resnet101")
     parser.add_argument("--masks", type=Path, help="label PNGs to learn from [stage 2's]; true "
                                                    "masks give an upper bound")
-    parser.add_argument("--predict", help="LIST,LIST whose masks are written [val]")
+    parser.add_argument("--predict", help="LIST,LIST whose masks are written [val, if there]")
     mask_options(parser, [0.5, 0.75, 1.0, 1.25, 1.5], "the photo's own size")
     return parser.parse_args(argv)
 
@@ -243,7 +243,7 @@ def main():
         digests = data.digests(args.split)
         digests["masks"] = folder_digest(args.masks, ids)
         digests["weights"] = weights_digest(args.arch, args.weights)
-        # Which lists are predicted changes nothing in the model: a finished run predicts others.
+        # --predict may change between runs: the model does not depend on it.
         start_run(folder, args, digests, machine.describe(), (*MASK_OPTIONS, "predict"))
     machine.wait()
     if masks_are_current(folder, args, lists):

@@ -84,7 +84,7 @@ class Attention(nn.Module):
         """causal: each token attends to itself and those before it, not to all."""
         q, k, v = self.split(x)
         # softmax(q k' / sqrt(d)) v. The library's version works in blocks and never writes the
-        # (L, L) matrix out. CLIP-ES needs that matrix: stage1_cam.py takes q and k from `split`.
+        # (L, L) matrix out. Seeds from CLIP (stage 1) need that matrix, with q and k from `split`.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, L, C / heads)
         # The heads stand side by side again, and out_proj mixes them.
         return self.out_proj(x.transpose(1, 2).flatten(2))                     # (B, L, C)
@@ -274,8 +274,8 @@ class CLIP(nn.Module):
         text, and the zeros that pad it are seen by none. So the feature is read there.
         AUDIT.md: (37).
         """
-        L = tokens.shape[1]
-        x = self.token_embedding(tokens) + self.positional_embedding[:L]       # (B, L, C)
+        positions = self.positional_embedding[:tokens.shape[1]]                # (L, C)
+        x = self.token_embedding(tokens) + positions                           # (B, L, C)
         x = self.ln_final(self.transformer(x, causal=True))                    # (B, L, C)
         # The end token's id, 49407, is the largest of all; of several the first is taken.
         end = tokens.argmax(1)                                                 # (B,)
@@ -283,7 +283,7 @@ class CLIP(nn.Module):
         return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
 
     def forward(self, image, tokens):
-        """logits_per_image (B_image, B_text) = exp(logit_scale) * cosine, and its transpose.
+        """logits_per_image (B_image, B_text) = exp(logit_scale) * cosine.
 
         A softmax over a row says which text belongs to the image. With the scale 100, a cosine
         larger by 0.01 makes a text e times as likely: CLIP's cosines lie close together.
@@ -291,8 +291,7 @@ class CLIP(nn.Module):
         """
         image = F.normalize(self.encode_image(image), dim=1)                   # unit length
         text = F.normalize(self.encode_text(tokens), dim=1)
-        logits = self.logit_scale.exp() * image @ text.T                       # (B_image, B_text)
-        return logits, logits.T
+        return self.logit_scale.exp() * image @ text.T                         # (B_image, B_text)
 
 
 def sizes_of(state):

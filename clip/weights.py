@@ -2,8 +2,8 @@
 
 A file that torch.save writes is a pickle and, beside it, raw numbers ("storages"). A pickle is a
 program for a small stack machine, and Python's machine imports and calls what it names: a
-stranger's file could do anything. `Reader` is that machine with four names to call and nothing
-else. Three layouts are read:
+stranger's file could do anything. `Reader` is that machine with four names to call; names of
+storages mean dtypes, and every other name a class that does nothing. Three layouts are read:
 
     zip          torch.save since 2020: <root>/data.pkl, and a record <root>/data/<key> per storage
     TorchScript  the same with compiled code beside it, which is not looked at; OpenAI's CLIP files
@@ -23,8 +23,7 @@ import torch
 
 from .model import CLIP
 
-# The one model that stage 2's adapter is made for. The sha256 of OpenAI's archive is also a part of
-# its URL.
+# The one of OpenAI's that stages take by name. Its archive's sha256 is a part of its URL.
 # AUDIT.md: (42).
 NAME = "ViT-B/16"
 DIGEST = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"

@@ -148,7 +148,7 @@ def step(code, bf16):
     model = network(code).train()
     switches = [model.switches]
     if code.old:
-        switches += code.stage2_weakclip.colours(model.switches)
+        switches += code.stage2_weakclip.mean_and_std(model.switches)
     optimizer = code.stage2_weakclip.make_optimizer(model, 1e-4)
     image, seeds = map(torch.stack, zip(*map(samples(code)[1], range(2))))
 

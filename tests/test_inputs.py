@@ -286,6 +286,7 @@ CASES = [  # (name, how the folder differs, the command or what reads it, what i
     ("other seeds", numbered([0, 2, 3, 1], "seeds"), STAGE2, NO, "the labels of the image say cat"),
     ("other masks", numbered([0, 2, 3, 1], "seeds"), STAGE3, NO, "the labels of the image say cat"),
     ("label more", edit(LABELS, "train_1 dog", "train_1 cat, dog"), CHECK, SAID, PASSED),
+    ("small val mask", drawn("SegmentationClass/val_0.png", small), CHECK, NO, "val_0.png: 9x7"),
     ("missing seed", move(SEED, "x"), STAGE2, NO, "seeds/train_0.png and 0 more are missing; run"),
     ("small seed", drawn(SEED, small), STAGE2, NO, "seeds/train_0.png: 9x7 pixels, its image has"),
     # weights

@@ -105,7 +105,7 @@ def test_clip(path, g):
     assert torch.equal(clip.tokenize(g["strings"], g["tokens"].shape[1]), g["tokens"])
     close(model.encode_image(g["image"]), g["image_features"], FORWARD, "image")
     close(model.encode_text(g["tokens"]), g["text_features"], FORWARD, "text")
-    close(model(g["image"], g["tokens"])[0], g["logits_per_image"], FORWARD, "logits")
+    close(model(g["image"], g["tokens"]), g["logits_per_image"], FORWARD, "logits")
 
 
 # ======================================================================================= WeakCLIP
@@ -155,7 +155,7 @@ def forward(path):
     out["score_map"] = model.match(out["global_embedding"], out["dense_embedding"], text)
     levels = {"pyramid": model.adapter(grids)}
     levels["pyramid_cat"] = model.join_score_map(levels["pyramid"], out["score_map"])
-    levels["neck"] = model.decoder.neck(model.decoder.laterals(levels["pyramid_cat"]))
+    levels["neck"] = model.decoder.neck(levels["pyramid_cat"])
     out["head_features"] = model.decoder.head(levels["neck"])
     for name, level in levels.items():
         out |= {f"{name}{i}": level[i] for i in range(4)}
