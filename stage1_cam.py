@@ -956,7 +956,7 @@ def number_corners(origin, turn, B):
     low = origin.amin(1) - 2           # two below: a corner may be one lower, its neighbour two
     spans = (origin.amax(1) + 2 - low).long().tolist()
     total = B * math.prod(spans)
-    if total * (d + 1) >= 2 ** 63:
+    if not 0 < total * (d + 1) < 2 ** 63:
         raise ValueError(f"dense CRF: {spans} cells; larger bandwidths (sxy, srgb) are needed")
     dtype = torch.int32 if total * (d + 1) < 2 ** 31 else torch.int64  # int32 sorts twice as fast
     places = [math.prod(spans[i + 1:]) for i in range(d)] + [0]

@@ -125,9 +125,10 @@ def test_with_the_exact_filter_most_labels_are_the_same(monkeypatch):
     assert 0.85 < (exact.argmax(1) == ours.argmax(1)).float().mean()
 
 
-def test_too_fine_bandwidths_are_refused():
+@pytest.mark.parametrize("sxy", [1e-4, 0])
+def test_too_fine_bandwidths_are_refused(sxy):
     with pytest.raises(ValueError, match="^dense CRF: .* larger bandwidths .* are needed$"):
-        dense_crf(*photo_like(1, 2, 12, 12), (3, 3), (1e-4, 1e-4, 1))
+        dense_crf(*photo_like(1, 2, 12, 12), (3, 3), (sxy, 1e-4, 1))
 
 
 @pytest.mark.parametrize("constants", [
