@@ -48,7 +48,7 @@ VOC_CLASSES = tuple("""
     motorbike person pottedplant sheep sofa train tvmonitor""".split())
 # COCO numbers its categories 1 to 90 and leaves ten of the numbers unused. The released code has
 # an output for each of the 91 slots; our COCO has the 81 names that occur, without gaps (32).
-COCO_SLOTS = """
+COCO_SLOTS = tuple(" ".join("""
     background, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
     fire hydrant, street sign, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow,
     elephant, bear, zebra, giraffe, hat, backpack, umbrella, shoe, eye glasses, handbag, tie,
@@ -57,8 +57,7 @@ COCO_SLOTS = """
     banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch,
     potted plant, bed, mirror, dining table, window, desk, toilet, door, tv, laptop, mouse, remote,
     keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, blender, book, clock, vase,
-    scissors, teddy bear, hair drier, toothbrush"""
-COCO_SLOTS = tuple(" ".join(COCO_SLOTS.split()).split(", "))
+    scissors, teddy bear, hair drier, toothbrush""".split()).split(", "))
 COCO_UNUSED = "street sign, hat, shoe, eye glasses, plate, mirror, window, desk, door, blender"
 # AUDIT.md: (32d).
 COCO_CLASSES = tuple(name for name in COCO_SLOTS if name not in COCO_UNUSED.split(", "))
@@ -463,20 +462,20 @@ def check_inputs(data, ids, label_folder=None, image_labels=None, tolerated=TOLE
     iteration, hours into a run, and a wrong class number never.
     """
     if label_folder is not None:
-        labels = {image_id: label_path(label_folder, image_id) for image_id in ids}
-        missing = [str(path) for path in labels.values() if not path.is_file()]
+        pngs = {image_id: label_path(label_folder, image_id) for image_id in ids}
+        missing = [str(path) for path in pngs.values() if not path.is_file()]
         if missing:
             raise ValueError(f"{missing[0]} and {len(missing) - 1} more are missing; run the stage "
                              "before on the same list")
     else:
         known = image_labels is not None
-        labels = {image_id: data.truth_path(image_id) for image_id in ids if known}
+        pngs = {image_id: data.truth_path(image_id) for image_id in ids if known}
 
     # A mask of another size cannot be laid over its photo, and resizing it in silence would hide
     # that one of the two was cropped or turned.
     def check(image_id):
         size = data.image(image_id).shape[:2]
-        path = labels.get(image_id)
+        path = pngs.get(image_id)
         return path and set(np.unique(read_label(path, len(data.classes), size)).tolist())
     checked = zip(ids, for_each(check, ids, "checking inputs"))
     held = {image_id: numbers for image_id, numbers in checked if numbers}

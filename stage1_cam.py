@@ -477,13 +477,13 @@ BACKGROUND_WORDS = """ground land grass tree building wall sky lake water river 
 # Synonyms: the words by which CLIP knows a class better than by the dataset's name for it. They are
 # VOC's and COCO's, and serve other datasets that have such a class. COCO's have oddities that went
 # into the published numbers, "sknowboard" among them (E2).
-SYNONYMS = """person: person with clothes,people,human; bird: bird avian; chair: chair seat;
+SYNONYMS = dict(re.split(r":\s+", pair) for pair in re.split(r";\s+", """
+    person: person with clothes,people,human; bird: bird avian; chair: chair seat;
     tvmonitor: tvmonitor screen; tv: tvmonitor screen; motorcycle: motorbike; airplane: aeroplane;
     backpack: backpack,bag; umbrella: umbrella,parasol; handbag: handbag,purse; tie: necktie;
     snowboard: sknowboard; baseball glove: glove; spoon: dessertspoon; couch: sofa;
     remote: remote control; potted plant: pottedplant; dining table: diningtable;
-    hair drier: hairdrier,blowdrier"""
-SYNONYMS = dict(re.split(r":\s+", pair) for pair in re.split(r";\s+", SYNONYMS))
+    hair drier: hairdrier,blowdrier""".strip()))
 # The affinity works inside boxes around the places above this share of a map's maximum.
 BOX_THRESHOLD = {"VOC2012": 0.4, "COCO2014": 0.7}  # by dataset; VOC's for any other
 CLIP_CRF = (1, 3), (67, 3, 4)  # Gaussian (sxy, weight), bilateral (sxy, srgb, weight)

@@ -740,7 +740,7 @@ def loss_probs(logits, size, aligned):
     return p / p.sum(1, keepdim=True)  # (B, K, h, w)
 
 
-def loss_labels(seeds, size, aligned):
+def resize_labels(seeds, size, aligned):
     """Seeds (B, h, w) int64 by nearest pixel, from seeds (B, H, W): class numbers do not mix.
 
     Read at the cells' centres, where the logits are too.
@@ -753,7 +753,7 @@ def loss_labels(seeds, size, aligned):
 def crf_image(image, size, switches):
     """What the boundary loss's CRF sees: (B, 3, h, w) uint8, whole grey levels.
 
-    image (B, 3, H, W) normalised as `colours` says, which is undone; size (h, w).
+    image (B, 3, H, W) normalised as `colours_of` says, which is undone; size (h, w).
     # RELEASED aligned: corner-aligned samples of the normalised image, without low-pass (22).
     """
     if switches.aligned:
@@ -762,7 +762,7 @@ def crf_image(image, size, switches):
     else:
         # In float64, as the released code's scipy has it (22), on the CPU because MPS has none.
         x = resize(image.cpu().double(), size, align_corners=True).float().to(image)
-    mean, std = torch.tensor(colours(switches), device=x.device)[..., None, None]  # (3, 1, 1)
+    mean, std = torch.tensor(colours_of(switches), device=x.device)[..., None, None]  # (3, 1, 1)
     # Cut, not rounded, in both variants, as the released code does (22).
     return (x * std + mean).clamp(0, 255).to(torch.uint8)
 
@@ -777,7 +777,7 @@ def weakclip_losses(logits, score, image, seeds, switches):
     """
     size = (image.shape[2] // 8, image.shape[3] // 8)
     p = loss_probs(logits.float(), size, switches.aligned)  # (B, K, H/8, W/8)
-    y = loss_labels(seeds, size, switches.aligned)  # (B, H/8, W/8)
+    y = resize_labels(seeds, size, switches.aligned)  # (B, H/8, W/8)
     terms = {"loss_seeding": seeding_loss(p, y)}
     if switches.boundary_weight:
         small = crf_image(image, size, switches)  # (B, 3, H/8, W/8)
@@ -870,7 +870,7 @@ def random_crop(rng, label, crop):
     return top, left
 
 
-def colours(switches):
+def colours_of(switches):
     """Mean and standard deviation, in grey levels, that images are normalised with: CLIP's.
 
     # RELEASED clip_normalisation: ImageNet's (26).
@@ -895,11 +895,11 @@ def seeded_image(data, seeds, crop, switches, image_id, rng):
     size = fit_size(*image.shape[:2], int(crop * ratio), int(4 * crop * ratio))
     image = resize_image(image, size)  # (h, w, 3)
     # Where not aligned, labels end up half a pixel off the image (22).
-    label = loss_labels(torch.from_numpy(label)[None], size, switches.aligned)[0]  # (h, w)
+    label = resize_labels(torch.from_numpy(label)[None], size, switches.aligned)[0]  # (h, w)
     top, left = random_crop(rng, label.numpy(), crop)
     window = np.s_[top:top + crop, left:left + crop]
     image = photometric_distortion(rng, image[window])
-    x, y = normalise(image, colours(switches)), label[window]  # (3, h, w), (h, w)
+    x, y = normalise(image, colours_of(switches)), label[window]  # (3, h, w), (h, w)
     # A horse that looks to the left is as much of a horse.
     if rng.random() < 0.5:
         x, y = x.flip(2), y.flip(1)
@@ -1132,7 +1132,7 @@ def predictor(model, args, machine):
 
     @torch.no_grad()
     def predict(image):
-        views = list(make_views(image, args, colours(model.switches), model.crop))
+        views = list(make_views(image, args, colours_of(model.switches), model.crop))
         with machine.autocast():
             return probabilities(model, views, image.shape[:2], text)[model.outputs]
     return predict
@@ -1429,7 +1429,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def prepare(args, switches):
+def prepare_run(args, switches):
     """Fill in what the dataset decides, and check all input -> (data, machine, lists, learned).
 
     lists: {split: ids} of the masks to be made; learned: ids to learn from. Raises ValueError.
@@ -1465,7 +1465,7 @@ def main():
         model, classes = open_checkpoint(args.checkpoint or folder / "checkpoint.pt", args, machine)
         predict = predictor(model, args, machine)
         return mask_photos(predict, args, folder, machine, mask_crf(args), classes)
-    data, machine, lists, learned = prepare(args, switches)
+    data, machine, lists, learned = prepare_run(args, switches)
     if args.checkpoint:
         model, _ = open_checkpoint(args.checkpoint, args, machine, data.classes)
     else:

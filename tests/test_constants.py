@@ -98,7 +98,7 @@ def effects(switches):
     x = F.interpolate(torch.randn(1, 3, 12, 12, generator=g), (96, 128), mode="bicubic")
     y = torch.randint(0, 4, (1, 96, 128), generator=g)
     y[:, :9] = IGNORE
-    mean_std = stage2.colours(switches)
+    mean_std = stage2.colours_of(switches)
     torch.manual_seed(2)
     found = stage2.weakclip_losses(*model(x), x, y, switches)
     found = {name: loss.item() for name, loss in found.items()}
@@ -140,8 +140,8 @@ def test_train_images_count_twice_in_the_released_list():
 def test_normalisation():
     """255 times CLIP's own numbers (26b), and by which preset (26a)."""
     numbers = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    np.testing.assert_allclose(stage2.colours(stage2.PAPER), 255 * np.array(numbers))
-    assert stage2.colours(stage2.RELEASED) == IMAGENETS
+    np.testing.assert_allclose(stage2.colours_of(stage2.PAPER), 255 * np.array(numbers))
+    assert stage2.colours_of(stage2.RELEASED) == IMAGENETS
 
 
 def test_drop_path_rises_to_a_tenth_over_the_blocks_and_only_in_training(monkeypatch):
@@ -336,7 +336,7 @@ def test_image_and_labels_of_the_losses_sit_on_the_same_points():
     small = stage2.crf_image(stage1.normalise(photo(64, 64), CLIPS)[None], (8, 8), stage2.PAPER)
     cut = F.avg_pool2d(torch.tensor(photo(64, 64)).permute(2, 0, 1).float(), 8) - small[0]
     assert -1e-3 < cut.min() and cut.max() < 1 + 1e-3
-    labels = stage2.loss_labels(torch.arange(64).expand(1, 64, 64), (8, 8), True)
+    labels = stage2.resize_labels(torch.arange(64).expand(1, 64, 64), (8, 8), True)
     assert labels[0, 0].tolist() == [4, 12, 20, 28, 36, 44, 52, 60]
 
 
@@ -537,10 +537,12 @@ def test_photometric_distortion(pixel, coins, share, expected, drawn):
 def test_a_window_is_padded_and_its_logits_cut_back():
     """To a multiple of 16 (30a), at least to 32, below which there is no stride 32 (34)."""
     model, x = network().eval(), torch.randn(1, 3, 48, 64)
-    text = model.encode_text()
+    text, shown = model.encode_text(), []
+    model.register_forward_pre_hook(lambda module, given: shown.append(given[0].shape[2:]))
     odd, padded = x[..., :41, :41], F.pad(x[..., :41, :41], (0, 7, 0, 7))
     odd, padded = (stage2.window_logits(model, window, text) for window in (odd, padded))
     torch.testing.assert_close(odd, padded[..., :41, :41])
+    assert shown == [(48, 48), (48, 48)]
     assert stage2.window_logits(model, x[..., :5, :40], text).shape == (1, 4, 5, 40)
     with pytest.raises(ValueError, match="32 x 32 is the least"):
         model(torch.randn(1, 3, 31, 64))
@@ -619,7 +621,7 @@ def test_stage_2_learns_longer_on_coco(tmp_path, name, iters, batch_size):
     """(80)"""
     folder = draw_dataset(tmp_path / name)
     args = stage2.parse_args(["--data", str(folder), "--seeds", str(folder / "seeds")])
-    stage2.prepare(args, stage2.PAPER)
+    stage2.prepare_run(args, stage2.PAPER)
     assert (args.iters, args.batch_size) == (iters, batch_size)
 
 

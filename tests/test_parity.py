@@ -205,12 +205,12 @@ def train_step(path, key, own_crf=False, dtype=torch.float32):
     logits, score = model(g["img"].to(dtype))
     p = stage2.loss_probs(logits, size, aligned=False)
     mean_std = torch.stack([g["img_mean"], g["img_std"]])
-    close(torch.tensor(stage2.colours(stage2.RELEASED)), mean_std, FORWARD)
+    close(torch.tensor(stage2.colours_of(stage2.RELEASED)), mean_std, FORWARD)
     small = stage2.crf_image(g["img"], size, stage2.RELEASED)
     q = stage2.floor_and_normalise(recorded["crf_q"].to(dtype))
     if own_crf:
         q = stage2.crf_target(p, small, stage2.RELEASED.loss_crf_sxy)
-    y = stage2.loss_labels(seeds, size, aligned=False)
+    y = stage2.resize_labels(seeds, size, aligned=False)
     found = {
         "losses.decode.loss_boundary": stage2.boundary_loss(p, q),
         "losses.decode.loss_seeding": stage2.seeding_loss(p, y),
