@@ -431,7 +431,7 @@ def write_label(path, label):
     AUDIT.md: (92), (95).
     """
     # Indexed, not grey: the file holds the same numbers, and people see classes as colours.
-    picture = Image.fromarray(np.asarray(label, np.uint8), mode="P")
+    picture = Image.fromarray(np.uint8(label), mode="P")
     picture.putpalette(colour_map().tobytes())
     write_whole(path, lambda f: picture.save(f, "PNG"))
 
@@ -984,7 +984,7 @@ def pictures(data, folder, split, image_id):
     try:
         cams = dict(np.load(path)) if path.is_file() else {"keys": []}
     except Exception as error:  # zip, zlib and NumPy's reader raise many kinds
-        raise ValueError(f"{path}: {error}; remove it, and stage 1 makes it again") from None
+        raise ValueError(f"{path}: {error}; remove it and its seed, and run stage 1") from None
     for key, caption in {"before": "what spoke for", "boxes": "boxes of", "cam": "CAM of"}.items():
         if key in cams and len(cams["keys"]):
             shown[f"{caption} {data.classes[cams['keys'][0]]}"] = light(photo, cams[key][0])

@@ -1138,8 +1138,7 @@ class Machine:
 
     def describe(self):
         """The machine in words, for args.json."""
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
-        return f"{self.world} x {name}, {torch.get_num_threads()} threads"
+        return f"{self.world} x {self.device}, {torch.get_num_threads()} threads"
 
 
 class Samples:
@@ -1201,7 +1200,7 @@ def log(folder, bar, step, lr, terms):
     total = sum(losses.values())
     if not math.isfinite(total):
         raise ValueError(f"iteration {step}: {losses}; --overwrite with a smaller --lr")
-    bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+    bar.set_postfix(loss=f"{total:.3f}")
     with open(folder / "log.jsonl", "a") as f:
         f.write(json.dumps({"step": step, "lr": lr, "loss": total, **losses}) + "\n")
 
@@ -1232,7 +1231,8 @@ def read_checkpoint(path, stage):
         saved = torch.load(path, map_location="cpu", weights_only=True)  # builds plain values only
         if saved["facts"]["stage"] == stage:
             return saved
-    raise ValueError(f"{path}: no readable checkpoint; train first, or delete it")
+    raise ValueError(f"{path}: no readable checkpoint; train first, or name one of {stage}; a "
+                     "damaged one: delete it")
 
 
 def load_trained(model, state, frozen=()):
@@ -1329,8 +1329,8 @@ def backbone_options(parser, arch):
     """Add the options of stages 1 and 3, whose networks are ResNets."""
     parser.add_argument("--arch", choices=("resnet18", "resnet50", "resnet101"), default=arch,
                         help="the backbone [%(default)s]")
-    parser.add_argument("--weights", default="imagenet", metavar="imagenet|none|FILE",
-                        help="ImageNet's (downloaded), nothing, or a ResNet's file [%(default)s]")
+    parser.add_argument("--weights", default="imagenet",
+                        help="imagenet (downloaded), none, or a ResNet's file [%(default)s]")
 
 
 def open_run(args):
@@ -1339,6 +1339,9 @@ def open_run(args):
     args.split = args.split or data.training_split()
     note(f"{data.root}: the training list is {args.split}, {len(data.ids(args.split))} images")
     note_leaks(data, args.split)
+    if getattr(args, "label_filter", False):  # known by the labels that it filters with
+        labels = data.image_labels(data.ids(args.split, args.limit))
+        args.label_filter = data.digests(labels=json.dumps(labels))["labels"]
     if args.crop % 32:  # the coarsest stride of any network here
         raise ValueError(f"--crop {args.crop}: a multiple of 32 is expected")
     if args.deterministic:
@@ -1371,7 +1374,7 @@ def parse_args(argv=None):
     backbone_options(parser, "resnet50")
     parser.add_argument("--method", choices=("classifier", "clip"), default="classifier",
                         help="train one, or ask CLIP and train nothing [%(default)s]")
-    parser.add_argument("--clip", default="ViT-B/16", metavar="NAME|PATH|random",
+    parser.add_argument("--clip", default="ViT-B/16",
                         help="with --method clip: OpenAI's (downloaded) or a file [%(default)s]")
     return parser.parse_args(argv)
 

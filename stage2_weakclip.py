@@ -668,15 +668,6 @@ def boundary_loss(p, q):
     return (q * (q / p).clamp(0.05, 20).log()).sum(1).mean()
 
 
-def floor_and_normalise(q):
-    """The CRF's answer (B, K, h, w), at least 1e-4 everywhere and summing to one again.
-
-    AUDIT.md: (68).
-    """
-    q = q.clamp(min=1e-4)  # as released: what the CRF rules out keeps a little
-    return q / q.sum(1, keepdim=True)
-
-
 @torch.no_grad()
 def crf_target(p, image, sxy):
     """Dense CRF's answer (B, K, h, w) to the network's probabilities p (B, K, h, w) (21).
@@ -686,13 +677,14 @@ def crf_target(p, image, sxy):
 
     It has no gradient on purpose. The answer is a teacher for this one step; if the network could
     also move the teacher, the two would soonest agree on a flat p, to which the CRF adds nothing.
-    AUDIT.md: (25).
+    AUDIT.md: (25), (68).
     """
     # Pixels pull each other to the same class: a little where they are near (Gaussian: 3 pixels,
     # weight 3), much where they have like colours (bilateral: 13 grey levels, weight 10; its 80
     # pixels are wider than the image, so that place hardly matters to it).
     q = dense_crf(p.clamp(min=1e-4), image, gaussian=(3, 3), bilateral=(sxy, 13, 10))
-    return floor_and_normalise(q)
+    q = q.clamp(min=1e-4)  # as released: what the CRF rules out keeps a little
+    return q / q.sum(1, keepdim=True)
 
 
 def mean_cross_entropy(logits, labels, over_valid=True):
@@ -1314,7 +1306,7 @@ def open_checkpoint(path, args, machine, classes=None):
     if isinstance(saved, dict) and "state_dict" in saved:
         try:
             return open_released(saved, args, classes)
-        except (KeyError, ValueError) as error:
+        except (AttributeError, KeyError, ValueError) as error:
             raise ValueError(f"{path}: no released WeakCLIP for this: {error}") from None
     saved = read_checkpoint(path, "2_weakclip")
     facts = saved["facts"]
@@ -1413,8 +1405,8 @@ def parse_args(argv=None):
     """
     parser = common_options(
         __doc__.splitlines()[0], "20,000; COCO2014 40,000", 1e-4, "16; COCO2014 24", 512)
-    parser.add_argument("--clip", default="ViT-B/16", metavar="NAME|PATH|random",
-                        help="OpenAI's (downloaded), a file, or an untrained one [%(default)s]")
+    parser.add_argument("--clip", default="ViT-B/16",
+                        help="OpenAI's (downloaded), a file, or random: untrained [%(default)s]")
     parser.add_argument("--seeds", type=Path,
                         help="folder of label PNGs to learn from, of any method [stage 1's]")
     parser.add_argument("--variant", choices=("paper", "released"), default="paper",
@@ -1442,9 +1434,6 @@ def prepare_run(args, switches):
     learned = training_ids(data, args, switches)
     splits = filter(data.has, (args.split, "val"))
     lists = {split: data.ids(split, args.limit) for split in splits}
-    if args.label_filter:
-        # Called for its error alone: a missing label ends the command now, not after training.
-        data.image_labels(lists[args.split])
     if machine.main:
         if args.checkpoint:
             check_inputs(data, lists[args.split])

@@ -234,13 +234,17 @@ def main():
     predicted = args.predict or ("val" if data.has("val") else args.split)
     lists = {split: data.ids(split, args.limit) for split in predicted.split(",")}
     if machine.main:
-        # Masks of our own stages lie in <stage>/masks/<split>, beside the stage's args.json. Others
-        # may number the classes otherwise: then most have a class that the photo's labels lack.
-        labels = {} if read_record(args.masks.parent.parent) else data.known_labels(ids)
+        digests = data.digests(args.split)
+        # Masks of our own stages lie in <stage>/masks/<split>, and the stage's args.json says which
+        # classes they number. Of others nobody does: where they number them otherwise, most masks
+        # have a class that the photo's labels lack.
+        classes = read_record(args.masks.parent.parent).get("digests", {}).get("classes")
+        if classes not in (None, digests["classes"]):
+            raise ValueError(f"{args.masks}: made with other classes; start their stage afresh")
+        labels = {} if classes else data.known_labels(ids)
         check_inputs(data, ids, args.masks, labels, tolerated=0.5)
         # Photos that are only predicted need no mask.
         check_inputs(data, sorted(set().union(*lists.values()).difference(ids)))
-        digests = data.digests(args.split)
         digests["masks"] = folder_digest(args.masks, ids)
         digests["weights"] = weights_digest(args.arch, args.weights)
         # --predict may change between runs: the model does not depend on it.

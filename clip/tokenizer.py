@@ -144,13 +144,12 @@ def encode(text):
 def tokenize(texts, context_length=77):
     """Token ids (n, context_length) int64 of n texts, each row: start, text, end, then zeros.
 
-    tokenize("a cat", 8) is [[49406, 320, 2368, 49407, 0, 0, 0, 0]]. The zeros need no mask: the
+    tokenize(["a cat"], 8) is [[49406, 320, 2368, 49407, 0, 0, 0, 0]]. The zeros need no mask: the
     encoder reads at the end token, which sees only what stands before it.
-    texts: a string or a list of strings. Raises ValueError for a text longer than the context: cut
+    texts: a list of strings. Raises ValueError for a text longer than the context: cut
     off, it would be another text.
     AUDIT.md: (44).
     """
-    texts = [texts] if isinstance(texts, str) else texts
     _, ids = vocabulary()
     out = torch.zeros(len(texts), context_length, dtype=torch.int64)           # (n, L)
     for row, text in zip(out, texts):

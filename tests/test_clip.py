@@ -24,10 +24,10 @@ same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # also of 
 # ======================================================================================== tokenizer
 
 def test_a_row_is_start_text_end_and_zeros():
-    tokens = clip.tokenize("A  cat", 8)
+    tokens = clip.tokenize(["A  cat"], 8)
     same(tokens, torch.tensor([[49406, 320, 2368, 49407, 0, 0, 0, 0]]))
     with pytest.raises(ValueError, match="8 tokens with start and end, the context has 7"):
-        clip.tokenize("one two three four five six", 7)
+        clip.tokenize(["one two three four five six"], 7)
 
 
 def test_the_worked_example():
@@ -102,7 +102,7 @@ def save_archive(model, path):
     """In OpenAI's format: traced, fp16, with extra scalars."""
     for name in clip.model.EXTRA_KEYS:
         model.register_buffer(name, torch.tensor(64))
-    example = torch.randn(1, 3, 64, 64), clip.tokenize("a cat")
+    example = torch.randn(1, 3, 64, 64), clip.tokenize(["a cat"])
     torch.jit.trace(model, example, check_trace=False).half().save(str(path))
 
 

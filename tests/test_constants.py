@@ -315,6 +315,15 @@ def test_loop_of_stage_2(train_on, monkeypatch):
     assert idle == {"clip"}  # (1a); every co-attention layer has a gradient (8)
 
 
+def test_the_crf_of_the_loss_is_fed_with_at_least_1e_4_and_floored_so(monkeypatch):
+    """(25, 68)"""
+    given = []
+    monkeypatch.setattr(stage2, "dense_crf", lambda p, *rest, **named: given.append(p) or p / 1e3)
+    q = stage2.crf_target(torch.tensor([1e-6, 5e-4, 1]).view(1, 3, 1, 1), None, 80)
+    assert given[0].flatten().tolist() == pytest.approx([1e-4, 5e-4, 1])
+    assert q.flatten().tolist() == pytest.approx([1 / 12, 1 / 12, 10 / 12])
+
+
 # ========================================================================================= losses
 
 def test_score_loss_is_the_mean_over_labelled_pixels_or_over_all():

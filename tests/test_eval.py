@@ -109,7 +109,7 @@ def leave_runs(data, runs):
     """What finished stages leave behind: their masks are the truth, moved; seeds were true."""
     folder, split = runs / data.name, data.training_split()
     learned = {"1_cam": {"limit": 5}, "2_weakclip": {"seeds": data.root / "SegmentationClass"},
-               "3_segment": {"masks": folder / "2_weakclip" / "masks" / split}}
+               "3_segment": {"masks": folder / "2_weakclip/masks" / split, "checkpoint": "x.pt"}}
     for stage, source in learned.items():
         provenance = {"iters": 400, "scales": [0.5], "label_filter": stage == "2_weakclip"}
         write_json(folder / stage / "args.json", {
@@ -151,14 +151,14 @@ def test_every_row_says_where_it_comes_from(finished, call):
     said = call("eval.py", "--data", root, "--runs", folder.parent).splitlines()[1:]
     rows = read_json(folder / "metrics.json")["rows"]
     facts = ("stage", "split", "n", "of", "label_filter", "learned_from")
-    truth, masks = f"{root}/SegmentationClass", f"{folder}/2_weakclip/masks/trainaug"
+    truth = f"{root}/SegmentationClass"
     assert [tuple(row[name] for name in facts) for row in rows] == [
         ("1_cam", "trainaug", 5, 5, False, None),
         ("1_cam", "train", 2, 2, False, None),
         ("2_weakclip", "trainaug", 6, 6, True, truth),
         ("2_weakclip", "train", 2, 2, True, truth),
         ("2_weakclip", "val", 2, 2, False, truth),
-        ("3_segment", "val", 2, 2, False, masks),
+        ("3_segment", "val", 2, 2, False, "x.pt"),
         ("other", "val", 1, 2, False, None)]
     assert rows[0]["miou"] == 100 and set(rows[0]["iou"]) == {"background", "cat", "dog", ODD_CLASS}
     for line, row in zip(said, rows):

@@ -289,10 +289,24 @@ def test_other_mask_options_rewrite_the_masks_alone(copy, monkeypatch):
     monkeypatch.setattr(stage2_weakclip, "update_record", update)
     call_stage("2_weakclip", words)
     record = read_json(folder / "args.json")
-    assert record["provenance"]["crf"] is False and record["provenance"]["label_filter"] is True
-    assert record["finished"] is True
+    assert record["provenance"]["crf"] is False and record["finished"] is True
     assert (folder / "checkpoint.pt").read_bytes() == checkpoint
-    assert len(list(folder.glob("masks/*/*.png"))) == 7
+    masks = {path: path.stat().st_mtime_ns for path in folder.glob("masks/*/*.png")}
+    assert len(masks) == 7
+    labels = copy / "drawn" / "image_labels.txt"
+    write_text(labels, labels.read_text().replace("train_0 ", "train_0 traffic light, "))
+    call_stage("2_weakclip", words)  # the filter's labels are others, so its masks are made anew
+    assert all(path.stat().st_mtime_ns > before for path, before in masks.items())
+
+
+def test_stage_3_learns_no_masks_of_other_classes(copy, capsys):
+    """They are ours, and so not compared with image labels; their stage's record says it."""
+    masks = copy / "whole" / "drawn" / "2_weakclip" / "masks" / "train"
+    classes = copy / "drawn" / "classes.txt"
+    names = classes.read_text().split("\n")
+    write_text(classes, "\n".join([names[0], names[2], names[1], *names[3:]]))
+    line = refused("3_segment", copy, "again", "--masks", masks, capsys=capsys)
+    assert "2_weakclip/masks/train: made with other classes" in line
 
 
 def test_stage_3_predicts_further_lists(copy):
