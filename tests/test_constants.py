@@ -295,11 +295,13 @@ def test_loops_of_stages_1_and_3(
 
 def test_loop_of_stage_2(train_on, monkeypatch):
     """The sum of three losses (17) at an eighth of the size (67). The boundary loss's CRF has these
-    constants (20b) and sees the logits of training and the augmented image (21b)."""
-    given, (x, y), model = [], two_images(64, 128), network()
+    constants (20b) and sees the logits of training and the augmented image (21b). Dropout is drawn
+    from the iteration's number."""
+    given, seeds, (x, y), model = [], [], two_images(64, 128), network()
     monkeypatch.setattr(stage2, "dense_crf", lambda p, *rest, **named: (
-        given.append((p, *rest, named)) or p))
+        given.append((p, *rest, named)) or seeds.append(torch.initial_seed()) or p))
     lines, _, seen = train_on(stage2, model, x, y, 30, 2e-3)
+    assert seeds == list(range(30))
     (training, image, (logits, score)), (p, small, constants) = seen[0], given[0]
     assert training and len(seen) == len(given) == 30  # no pass for the CRF alone
     torch.testing.assert_close(p, stage2.loss_probs(logits, (8, 16), True).clamp(min=1e-4).detach())
@@ -726,6 +728,8 @@ def test_texts_of_coco_and_of_a_dataset_of_ones_own():
     own = Dataset(Path(), "any", ("background", "Ground_track", "light"), {"light": "sign"})
     own, background = stage1.class_texts(own)
     assert own == ["Ground track", "sign"] and not {"ground", "sign"} & set(background)
+    plurals = Dataset(Path(), "any", ("background", "Trees", "grasses", "skies"), {})
+    assert not {"tree", "grass", "sky"} & set(stage1.class_texts(plurals)[1])
 
 
 def test_settings_of_the_published_numbers(monkeypatch):
