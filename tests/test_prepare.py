@@ -104,6 +104,12 @@ def test_a_download_that_fails_is_one_line_and_begins_again(voc, server, call):
     call(*DOWNLOAD)
 
 
+def test_a_list_of_sbd_that_is_not_sbds_is_refused(voc, call, monkeypatch):
+    monkeypatch.setattr(SBDataset, "md5", "0" * 32)
+    assert "begins again" in call(*DOWNLOAD, ok=False)
+    assert not find_dataset("VOC2012").has("trainaug")
+
+
 def test_a_trainaug_of_another_length_is_refused(voc, call, monkeypatch):
     monkeypatch.setitem(evaluation.PUBLISHED, "VOC2012", {"trainaug": 6})
     assert "trainaug comes to 5 ids, not as published" in call(*DOWNLOAD, ok=False)
