@@ -826,8 +826,9 @@ class Lattice:
         self.splat_start = F.pad(counts.cumsum(0), (1, 0)).int()       # (M+1,)
         self.splat_weights = weights.gather(1, point).flatten()
         # Blur: a vertex and its two neighbours along each axis.
-        self.blur_index = neighbours(vertices, places, total)          # (d+1, M+1, 3)
-        self.blur_weights = weights.new_tensor([1, 0.5, 0.5]).repeat(len(counts) + 1, 1)
+        self.blur_index = neighbours(vertices, places, total).flatten(1)  # (d+1, 3(M+1))
+        self.blur_weights = weights.new_tensor([1, 0.5, 0.5]).repeat(len(counts) + 1)
+        self.blur_start = 3 * self.blur_index[0, ::3]  # of the vertices 0, 1, 2, ...: 0, 3, 6, ...
         # Slice: a point sums its corners. From sorted order back to the points' own.
         self.slice_index = torch.empty_like(vertex).scatter_(1, point, vertex).t().contiguous()
         self.slice_weights = (weights / (1 + 2.0 ** -d)).t().contiguous()  # (BP, d+1)
@@ -846,10 +847,10 @@ class Lattice:
         # Memory for a tensor of over 32 MB comes from the system, page by page, each time anew. At
         # 81 labels that takes a quarter of the time, so only as many go at once as stay below.
         parts = []
-        for part in x.split(max(1, 2 ** 23 // len(x)), 1):
+        for part in x.split(max(1, 8_000_000 // len(x)), 1):
             part = part.contiguous()
             for index in self.blur_index:
-                part = weighted_sums(part, index, self.blur_weights)
+                part = weighted_sums(part, index, self.blur_weights, self.blur_start)
             parts.append(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -1088,6 +1089,8 @@ class Machine:
             self.device = torch.zeros(1, device=device).device
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        # In words, for args.json.
+        self.description = f"{self.world} x {self.device}, {torch.get_num_threads()} threads"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1:
@@ -1135,10 +1138,6 @@ class Machine:
         if self.world > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
-
-    def describe(self):
-        """The machine in words, for args.json."""
-        return f"{self.world} x {self.device}, {torch.get_num_threads()} threads"
 
 
 class Samples:
@@ -1313,13 +1312,13 @@ def common_options(description, iters, lr, batch_size, crop):
             ("--lr", float, 1e-12, lr, "base learning rate"),
             ("--seed", int, 0, 0, "of first weights, order, augmentation and dropout"),
             ("--limit", int, 1, "all", "use the first N images of every list, for a quick try")):
-        parser.add_argument(name, type=number(kind, smallest), metavar="N",
+        parser.add_argument(name, type=number(kind, smallest),
                             default=None if isinstance(default, str) else default,
                             help=f"{text} [{default}]")
     # These change speed, but results no more than by rounding.
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or mps [the best]")
     parser.add_argument("--amp", action="store_true", help="bfloat16: less memory, coarser")
-    parser.add_argument("--workers", type=number(int, 0), metavar="N",
+    parser.add_argument("--workers", type=number(int, 0),
                         help="processes that load images [0 on a CPU, else up to 8]")
     parser.add_argument("--deterministic", action="store_true", help="equal bits on a GPU too")
     return parser
@@ -1398,7 +1397,7 @@ def main():
         args.lr = args.lr or (0.01 if args.weights == "none" else 0.1)
         args.iters = args.iters or 5 * max(1, len(ids) // args.batch_size)  # 5 epochs
     if machine.main:
-        start_run(folder, args, digests, machine.describe())
+        start_run(folder, args, digests, machine.description)
     machine.wait()
     if is_finished(folder, [folder / f"seeds/{i}.png" for i in ids]):
         return

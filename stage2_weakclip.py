@@ -1411,9 +1411,9 @@ def parse_args(argv=None):
                         help="folder of label PNGs to learn from, of any method [stage 1's]")
     parser.add_argument("--variant", choices=("paper", "released"), default="paper",
                         help="the abstract, or the released code where they part [%(default)s]")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
-                        help="change a field of class Switches, to see what it does; may be given "
-                             "several times: " + ", ".join(dataclasses.asdict(PAPER)))
+    parser.add_argument("--set", action="append", default=[],
+                        help="FIELD=VALUE changes a field of class Switches, to see what it does; "
+                             "may be given several times: " + ", ".join(dataclasses.asdict(PAPER)))
     parser.add_argument("--checkpoint", type=Path,
                         help="train nothing, make masks with this checkpoint, ours (as it was "
                              "trained, whatever --variant is) or a released one")
@@ -1467,7 +1467,7 @@ def main():
             digests["clip"] = facts["clip"]
             digests["seeds"] = folder_digest(args.seeds, lists[args.split])
         # Refuses to go on with what other options, lists, seeds or another CLIP began.
-        start_run(folder, args, digests, machine.describe(), MASK_OPTIONS)
+        start_run(folder, args, digests, machine.description, MASK_OPTIONS)
     machine.wait()
     if masks_are_current(folder, args, lists):
         return

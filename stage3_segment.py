@@ -248,7 +248,7 @@ def main():
         digests["masks"] = folder_digest(args.masks, ids)
         digests["weights"] = weights_digest(args.arch, args.weights)
         # --predict may change between runs: the model does not depend on it.
-        start_run(folder, args, digests, machine.describe(), (*MASK_OPTIONS, "predict"))
+        start_run(folder, args, digests, machine.description, (*MASK_OPTIONS, "predict"))
     machine.wait()
     if masks_are_current(folder, args, lists):
         return

@@ -86,7 +86,7 @@ def test_the_worked_example():
 
 def test_neighbours_are_mutual():
     lattice = Lattice(3 * rand(2, 60, 3, seed=3))
-    itself, ahead, behind = lattice.blur_index.long().unbind(2)  # (4, M+1)
+    itself, ahead, behind = lattice.blur_index.unflatten(1, (-1, 3)).long().unbind(2)  # (4, M+1)
     there = ahead < itself.max()  # the last number stands for a vertex that is absent
     assert there.any() and there.sum() == (behind < itself.max()).sum()
     assert torch.equal(behind.gather(1, ahead)[there], itself[there])
