@@ -286,7 +286,6 @@ CASES = [  # (name, how the folder differs, the command or what reads it, what i
     ("other seeds", numbered([0, 2, 3, 1], "seeds"), STAGE2, NO, "the labels of the image say cat"),
     ("other masks", numbered([0, 2, 3, 1], "seeds"), STAGE3, NO, "the labels of the image say cat"),
     ("label more", edit(LABELS, "train_1 dog", "train_1 cat, dog"), CHECK, SAID, PASSED),
-    ("small val mask", drawn("SegmentationClass/val_0.png", small), CHECK, NO, "val_0.png: 9x7"),
     ("missing seed", move(SEED, "x"), STAGE2, NO, "seeds/train_0.png and 0 more are missing; run"),
     ("small seed", drawn(SEED, small), STAGE2, NO, "seeds/train_0.png: 9x7 pixels, its image has"),
     # weights
@@ -407,6 +406,13 @@ def test_no_pickle_is_opened(folder, said):
     move(LABELS, "x")(folder)
     refused(said, CHECK, "6 ids have no line")
     assert not (folder / "opened").exists()
+
+
+def test_masks_of_a_list_without_labels_are_looked_at(folder, said):
+    lines = (folder / LABELS).read_text().splitlines()
+    labelled(*[line for line in lines if line.startswith("train")])(folder)
+    drawn("SegmentationClass/val_0.png", small)(folder)
+    refused(said, CHECK, "val_0.png: 9x7")
 
 
 def test_a_folder_of_photos(folder, said):
