@@ -287,7 +287,10 @@ def test_other_mask_options_rewrite_the_masks_alone(copy, monkeypatch):
     with pytest.raises(SystemExit):
         call_stage("2_weakclip", words)
     monkeypatch.setattr(stage2_weakclip, "update_record", update)
+    made, mask_from = [], stage2_weakclip.mask_from
+    monkeypatch.setattr(stage2_weakclip, "mask_from", lambda *x: made.append(x[3]) or mask_from(*x))
     call_stage("2_weakclip", words)
+    assert [allowed is None for allowed in made] == 5 * [False] + 2 * [True]  # val has no filter
     record = read_json(folder / "args.json")
     assert record["provenance"]["crf"] is False and record["finished"] is True
     assert (folder / "checkpoint.pt").read_bytes() == checkpoint
@@ -405,10 +408,13 @@ def test_a_broken_checkpoint_is_one_line(kind, stage, copy, capsys, monkeypatch)
 
 
 def test_a_checkpoint_of_another_stage_is_refused(copy, capsys):
-    """Stage 3's in stage 2's place: found before anything is made of it."""
+    """Stage 3's in stage 2's place, one of other classes: found before anything is made of it."""
     ours = copy / "whole" / "drawn" / "2_weakclip"
-    shutil.copy(copy / "whole" / "drawn" / "3_segment" / "checkpoint.pt", ours / "checkpoint.pt")
     shutil.rmtree(ours / "masks")
+    saved = torch.load(ours / "checkpoint.pt", weights_only=True)
+    torch.save({**saved, "facts": {**saved["facts"], "classes": []}}, ours / "checkpoint.pt")
+    assert "of other classes" in refused("2_weakclip", copy, "whole", capsys=capsys)
+    shutil.copy(copy / "whole" / "drawn" / "3_segment" / "checkpoint.pt", ours / "checkpoint.pt")
     assert "checkpoint.pt" in refused("2_weakclip", copy, "whole", capsys=capsys)
     line = refused("2_weakclip", copy, "whole", "--images", copy / "drawn/JPEGImages",
                    capsys=capsys)
