@@ -115,10 +115,10 @@ class Dataset:
 
     def ids(self, split, limit=None):
         """Image ids of a list, in its order, the first `limit` of them. Raises ValueError."""
-        path = self.list_path(split)
-        if not path.is_file():
-            raise ValueError(f"{path}: no such list; make it, one image id a line, or name another")
-        return read_list(path)[:limit]
+        if not self.has(split):
+            raise ValueError(f"{self.list_path(split)}: no such list; make it, one image id a "
+                             "line, or name another")
+        return read_list(self.list_path(split))[:limit]
 
     def image_path(self, image_id):
         """The photo of an id; ValueError where there is none, or more than one."""
@@ -219,7 +219,7 @@ def for_each(function, items, text):
 
     Threads serve because decoding an image frees Python's lock.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor() as pool:
         results = pool.map(function, items)  # in the order of items, whichever ends first
         return list(tqdm(results, text, len(items), leave=False, disable=len(items) < 50))
 
@@ -419,7 +419,7 @@ def read_label(path, classes=256, size=None):
         if same.any(1).all() and not same[np.arange(len(used)), used].all():
             raise ValueError(f"{path}: VOC's colours in another order, whose numbers are no "
                              "classes; save class numbers")
-    if size is not None and label.shape != tuple(size):
+    if size not in (None, label.shape):
         raise ValueError(f"{path}: {label.shape[1]}x{label.shape[0]} pixels, its image has "
                          f"{size[1]}x{size[0]} as displayed (after an EXIF turn); cut them alike")
     return label
@@ -436,11 +436,10 @@ def write_label(path, label):
     write_whole(path, lambda f: picture.save(f, "PNG"))
 
 
-def folder_digest(folder, ids):
-    """sha256 over the label PNGs of `ids`: tells whether they are still those of before."""
-    def digest(image_id):
-        return hashlib.sha256(label_path(folder, image_id).read_bytes()).hexdigest()
-    return hashlib.sha256("".join(for_each(digest, ids, "digests")).encode()).hexdigest()
+def files_digest(paths):
+    """sha256 over photos or label PNGs: tells whether they are still those of before."""
+    found = for_each(lambda path: hashlib.sha256(path.read_bytes()).digest(), paths, "digests")
+    return hashlib.sha256(b"".join(found)).hexdigest()
 
 
 # ---------------------------------------------------------------- checks before the work starts
@@ -605,13 +604,15 @@ def check_outside(folder, args):
             raise ValueError(f"--{name} {value}: lies in {folder}, which is written; copy it")
 
 
-def start_run(folder, args, digests, device, mask_options=()):
+def start_run(folder, args, data, ids, digests, device, mask_options=()):
     """Make or reopen a stage's folder; raise ValueError rather than mix two runs in one.
 
-    digests: {what went in: its sha256}; device: in words, for the record. mask_options: names of
-    options that change how masks are written from a finished model, but not the model.
+    ids: whose photos are looked at or learned from; digests: {what else went in: its sha256};
+    device: in words, for the record. mask_options: names of options that change how masks are
+    written from a finished model, but not the model.
     """
     check_outside(folder, args)
+    digests["photos"] = files_digest([data.image_path(image_id) for image_id in ids])
     if args.overwrite and folder.exists():
         shutil.rmtree(folder)
     before = read_record(folder)
@@ -631,6 +632,18 @@ def start_run(folder, args, digests, device, mask_options=()):
         if name not in free and then.get(name) != value:
             raise ValueError(f"{folder} was made with {name} = {str(then.get(name))[:40]}, not "
                              f"{str(value)[:40]}; --overwrite starts afresh")
+
+
+def made_with_classes(data, folder):
+    """True if args.json says that a stage's label PNGs number the dataset's classes.
+
+    False where it says nothing, as of masks from elsewhere. Raises ValueError for other classes: a
+    number would mean another thing, and score as if it were right.
+    """
+    classes = read_record(folder).get("digests", {}).get("classes")
+    if classes not in (None, data.digests()["classes"]):
+        raise ValueError(f"{folder}: made with other classes; start that stage afresh")
+    return classes is not None
 
 
 def is_finished(folder, files):
@@ -656,23 +669,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help explains the options")
 
 
-def number(kind, smallest):
-    """A type for argparse: an int or a float from `smallest` on, neither infinite nor NaN."""
-    def parse(text):
-        if not smallest <= kind(text) < 2 ** 31:
-            raise ValueError
-        return kind(text)
-    parse.__name__ = f"{kind.__name__} from {smallest} on"  # argparse's message has it
-    return parse
-
-
 def run(main):
     """Run a script's main(); what ends it early becomes one line and exit status 2, 130 for Ctrl-C.
 
     Functions raise and never exit, so that tests and other scripts can catch what they say. What
     is neither ValueError, OSError nor want of memory is a mistake of ours: it keeps its traceback.
     """
-    sys.stdout.reconfigure(errors="replace")  # a console may lack a letter of a class's name
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")  # a console may lack a letter of a class's name
     status = 2
     try:
         return main()
@@ -705,6 +709,7 @@ def run(main):
 PUBLISHED = {"VOC2012": {"train": 1_464, "val": 1_449, "trainaug": 10_582},
              "COCO2014": {"train": 82_081, "val": 40_137}}
 VOC_MASKS = 2_913  # in VOC's archive
+
 
 def download(name):
     """Bring VOC 2012 into ./data, and make the list trainaug. Raises ValueError.
@@ -777,10 +782,10 @@ def prepare_photo(root, folder, coco, number):
     """
     image, objects = coco.imgs[number], coco.imgToAnns[number]
     classes = [COCO_CLASSES.index(COCO_SLOTS[found["category_id"]]) for found in objects]
-    photo = root / "JPEGImages" / image["file_name"]
+    photo = root / "JPEGImages" / Path(image["file_name"]).name  # of a path only its end
     photo.parent.mkdir(exist_ok=True)
     if not photo.is_symlink():  # a relative one, so that the dataset may be moved
-        photo.symlink_to(Path("..", folder, image["file_name"]))
+        photo.symlink_to(Path("..", folder, photo.name))
     mask = root / f"SegmentationClass/{photo.stem}.png"
     if not mask.is_file():
         label = np.zeros((image["height"], image["width"]), np.uint8)
@@ -901,6 +906,7 @@ def score_runs(data, folder):
     rows = []
     for masks in [folder / "1_cam/seeds", *sorted(folder.glob("**/masks/[!.]*"))]:
         stage = masks.parent if masks.name == "seeds" else masks.parent.parent
+        made_with_classes(data, stage)
         record = read_record(stage)
         options = record.get("options", {})
         training = options.get("split")

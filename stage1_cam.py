@@ -39,6 +39,7 @@ import math
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ from tqdm import tqdm
 
 import clip
 from eval import (IGNORE, Parser, check_inputs, find_dataset, is_finished, note, note_leaks,
-                  note_unteachable, number, run, start_run, update_record, write_label, write_whole)
+                  note_unteachable, run, start_run, update_record, write_label, write_whole)
 
 # Means and standard deviations of R G B in the photos that a network was trained on, in grey levels
 # 0..255. CLIP's are 255 times the numbers of its code, 0.48145466, ... and 0.26862954, ...
@@ -1275,22 +1276,17 @@ def check_output(image_id, values):
                          "train with a smaller --lr")
 
 
-def load_clip(name, seed, machine):
-    """`--clip` -> (CLIP on the CPU, what tells it from another: its file's sha256).
-
-    Raises ValueError for a model that is not there or whose patches are not 16 pixels wide.
-    """
-    if name == "random":  # untrained, for tests and timings: it knows nothing
-        torch.manual_seed(seed)
-        return clip.CLIP(), f"random, seed {seed}"
-    path = clip.locate(name)
-    model = clip.load(path)
-    if model.visual.conv1.kernel_size != (16, 16):
-        raise ValueError(f"--clip {name}: patches of 16 x 16 pixels are expected, as of ViT-B/16")
-    return model, clip.file_sha256(path)
-
-
 # ===================================================================================== command line
+
+def number(kind, smallest):
+    """A type for argparse: an int or a float from `smallest` on, neither infinite nor NaN."""
+    def parse(text):
+        if not smallest <= kind(text) < 2 ** 31:
+            raise ValueError
+        return kind(text)
+    parse.__name__ = f"{kind.__name__} from {smallest} on"  # argparse's message has it
+    return parse
+
 
 def common_options(description, iters, lr, batch_size, crop):
     """The parser with the options that all stages have.
@@ -1357,7 +1353,7 @@ def open_run(args):
 
 def next_command(script, args, *names):
     """The next stage's command: where things are, and the options `names`, as they are here."""
-    words = ["python", script]
+    words = ["python", str(Path(sys.argv[0]).with_name(script))]
     for name in ("data", "runs", *names):
         if getattr(args, name):
             words += [f"--{name}", str(getattr(args, name))]
@@ -1389,7 +1385,7 @@ def main():
     folder = args.runs / data.name / "1_cam"
     digests = data.digests(args.split, labels=json.dumps(labels))
     if args.method == "clip":
-        model, digests["clip"] = load_clip(args.clip, args.seed, machine)
+        model, digests["clip"] = clip.load(args.clip, args.seed)
         digests["texts"] = json.dumps(class_texts(data))
     else:
         note_unteachable(data, labels)
@@ -1397,7 +1393,7 @@ def main():
         args.lr = args.lr or (0.01 if args.weights == "none" else 0.1)
         args.iters = args.iters or 5 * max(1, len(ids) // args.batch_size)  # 5 epochs
     if machine.main:
-        start_run(folder, args, digests, machine.description)
+        start_run(folder, args, data, ids, digests, machine.description)
     machine.wait()
     if is_finished(folder, [folder / f"seeds/{i}.png" for i in ids]):
         return

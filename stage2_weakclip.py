@@ -54,12 +54,12 @@ from tqdm import tqdm
 
 import clip
 from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, PHOTO_ENDINGS, VOC_CLASSES, check_inputs,
-                  check_outside, dataset_name, folder_digest, for_each, is_finished, label_path,
-                  number, overlay, read_image, read_label, read_record, run, start_run,
-                  update_record, write_label, write_whole)
+                  check_outside, dataset_name, files_digest, for_each, is_finished, label_path,
+                  overlay, read_image, read_label, read_record, run, start_run, update_record,
+                  write_label, write_whole)
 from stage1_cam import (CLIP_COLOURS, IMAGENET_COLOURS, LOG_EVERY, SAVE_EVERY, Machine, batches,
                         check_output, common_options, conv_layout, crop_or_pad, dense_crf,
-                        load_clip, load_trained, log, next_command, normalise, open_run, parts,
+                        load_trained, log, next_command, normalise, number, open_run, parts,
                         read_checkpoint, resize, resume, save)
 
 
@@ -507,10 +507,11 @@ class WeakCLIP(nn.Module):
         embedding's, which images share with texts. CLIP drops the pixels beyond a multiple of 16.
         Raises ValueError below 32 pixels, where stride 32 has no cell (34).
         """
-        if min(image.shape[2:]) < 32:
-            raise ValueError(f"an image of {tuple(image.shape[2:])} pixels: 32 x 32 is the least")
+        H, W = image.shape[2:]
+        if min(H, W) < 32:
+            raise ValueError(f"an image of {H} x {W} pixels: 32 x 32 is the least")
         visual = self.clip.visual
-        h, w = image.shape[2] // 16, image.shape[3] // 16
+        h, w = H // 16, W // 16
         # CLIP learned 14 x 14 places, of photos of 224 pixels. Resized, the table tells the same
         # about 32 x 32 of them: what is left, right, above and below.
         positions = clip.resize_positions(visual.positional_embedding, h, w)  # (1 + h*w, C)
@@ -555,17 +556,12 @@ class WeakCLIP(nn.Module):
         on an image.
         """
         x = self.clip.token_embedding(self.token_ids)  # (K, L, C)
+        end = self.token_ids.argmax(1)  # (K,): the end token has the largest id
         if self.switches.prompts:
             contexts = self.contexts.expand(len(x), -1, -1)  # (K, P, C)
             x = torch.cat([x[:, :1], contexts, x[:, 1:]], 1)  # (K, P + L, C)
-        length = x.shape[1]
-        x = x + self.clip.positional_embedding[:length]
-        x = self.clip.transformer(x, causal=True)
-        x = self.clip.ln_final(x)  # (K, P + L, C)
-        # The end token has the largest id; contexts moved it back by P, 8 places.
-        end = self.token_ids.argmax(1) + length - self.token_ids.shape[1]  # (K,)
-        rows = torch.arange(len(x), device=x.device)
-        return x[rows, end] @ self.clip.text_projection  # (K, D)
+            end = end + contexts.shape[1]  # the contexts moved it back by P
+        return self.clip.encode_vectors(x, end)  # (K, D)
 
     def match(self, global_, dense, text):
         """Score map (B, K, h, w) in [-1, 1]: cosine of each place with each class text.
@@ -1284,9 +1280,9 @@ def mask_crf(args, table=MASK_CRF):
 # Ours hold what was trained, and the digest of the CLIP that it was trained around. Released
 # ones hold their own CLIP and are told from ours by their keys; a table translates the names.
 
-def new_network(args, classes, switches, machine):
+def new_network(args, classes, switches):
     """An untrained WeakCLIP, and its facts: what tells its checkpoint from another's."""
-    clip_model, digest = load_clip(args.clip, args.seed, machine)
+    clip_model, digest = clip.load(args.clip, args.seed)
     torch.manual_seed(args.seed)
     tokens = name_tokens(classes, len(clip_model.positional_embedding))
     model = WeakCLIP(clip_model, tokens, switches, args.crop)
@@ -1295,7 +1291,7 @@ def new_network(args, classes, switches, machine):
     return model, facts
 
 
-def open_checkpoint(path, args, machine, classes=None):
+def open_checkpoint(path, args, classes=None):
     """A trained network, from our checkpoint.pt or a released one, and the classes' names.
 
     classes: the dataset's, None to take the checkpoint's. args.crop and args.iters become what the
@@ -1314,7 +1310,7 @@ def open_checkpoint(path, args, machine, classes=None):
     if args.set and choose_switches(args.variant, args.set) != switches:
         raise ValueError(f"--set {' '.join(args.set)}: {path} was trained otherwise; leave it out")
     args.crop, args.iters = facts["crop"], saved["step"]
-    model, wanted = new_network(args, classes or facts["classes"], switches, machine)
+    model, wanted = new_network(args, classes or facts["classes"], switches)
     if facts != wanted:  # crop and switches are the checkpoint's
         raise ValueError(f"{path} was trained with other classes or another CLIP: {facts}")
     load_trained(model, saved["model"], model.frozen)
@@ -1451,23 +1447,24 @@ def main():
     folder = args.runs / dataset_name(args.data) / "2_weakclip"
     if args.images:  # needs a checkpoint (the run's, or --checkpoint) and CLIP, but no dataset
         machine = Machine(args.device, args.amp)
-        model, classes = open_checkpoint(args.checkpoint or folder / "checkpoint.pt", args, machine)
+        model, classes = open_checkpoint(args.checkpoint or folder / "checkpoint.pt", args)
         predict = predictor(model, args, machine)
         return mask_photos(predict, args, folder, machine, mask_crf(args), classes)
     data, machine, lists, learned = prepare_run(args, switches)
     if args.checkpoint:
-        model, _ = open_checkpoint(args.checkpoint, args, machine, data.classes)
+        model, _ = open_checkpoint(args.checkpoint, args, data.classes)
     else:
-        model, facts = new_network(args, data.classes, switches, machine)
+        model, facts = new_network(args, data.classes, switches)
     if machine.main:
         digests = data.digests(*lists)
         if args.checkpoint:
             digests["checkpoint"] = clip.file_sha256(args.checkpoint)
         else:
             digests["clip"] = facts["clip"]
-            digests["seeds"] = folder_digest(args.seeds, lists[args.split])
-        # Refuses to go on with what other options, lists, seeds or another CLIP began.
-        start_run(folder, args, digests, machine.description, MASK_OPTIONS)
+            digests["seeds"] = files_digest([label_path(args.seeds, i) for i in lists[args.split]])
+        # Refuses to go on with what other options, lists, photos, seeds or another CLIP began.
+        ids = sum(lists.values(), [])
+        start_run(folder, args, data, ids, digests, machine.description, MASK_OPTIONS)
     machine.wait()
     if masks_are_current(folder, args, lists):
         return

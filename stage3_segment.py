@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from eval import (IGNORE, check_inputs, dataset_name, folder_digest, label_path, note, read_label,
-                  read_record, run, start_run)
+from eval import (IGNORE, check_inputs, dataset_name, files_digest, label_path, made_with_classes,
+                  note, read_label, run, start_run)
 from stage1_cam import (IMAGENET_COLOURS, LOG_EVERY, SAVE_EVERY, Machine, backbone_options, batches,
                         common_options, conv_layout, crop_or_pad, fix_batchnorm, load_trained, log,
                         next_command, normalise, open_run, parts, poly, random_window,
@@ -234,21 +234,20 @@ def main():
     predicted = args.predict or ("val" if data.has("val") else args.split)
     lists = {split: data.ids(split, args.limit) for split in predicted.split(",")}
     if machine.main:
-        digests = data.digests(args.split)
         # Masks of our own stages lie in <stage>/masks/<split>, and the stage's args.json says which
         # classes they number. Of others nobody does: where they number them otherwise, most masks
         # have a class that the photo's labels lack.
-        classes = read_record(args.masks.parent.parent).get("digests", {}).get("classes")
-        if classes not in (None, digests["classes"]):
-            raise ValueError(f"{args.masks}: made with other classes; start their stage afresh")
-        labels = {} if classes else data.known_labels(ids)
+        ours = made_with_classes(data, args.masks.parent.parent)
+        labels = {} if ours else data.known_labels(ids)
         check_inputs(data, ids, args.masks, labels, tolerated=0.5)
         # Photos that are only predicted need no mask.
         check_inputs(data, sorted(set().union(*lists.values()).difference(ids)))
-        digests["masks"] = folder_digest(args.masks, ids)
+        digests = data.digests(args.split)
+        digests["masks"] = files_digest([label_path(args.masks, i) for i in ids])
         digests["weights"] = weights_digest(args.arch, args.weights)
         # --predict may change between runs: the model does not depend on it.
-        start_run(folder, args, digests, machine.description, (*MASK_OPTIONS, "predict"))
+        start_run(folder, args, data, ids, digests, machine.description,
+                  (*MASK_OPTIONS, "predict"))
     machine.wait()
     if masks_are_current(folder, args, lists):
         return

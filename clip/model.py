@@ -274,11 +274,16 @@ class CLIP(nn.Module):
         text, and the zeros that pad it are seen by none. So the feature is read there.
         AUDIT.md: (37).
         """
-        positions = self.positional_embedding[:tokens.shape[1]]                # (L, C)
-        x = self.token_embedding(tokens) + positions                           # (B, L, C)
-        x = self.ln_final(self.transformer(x, causal=True))                    # (B, L, C)
         # The end token's id, 49407, is the largest of all; of several the first is taken.
-        end = tokens.argmax(1)                                                 # (B,)
+        return self.encode_vectors(self.token_embedding(tokens), tokens.argmax(1))
+
+    def encode_vectors(self, x, end):
+        """The same of texts that are vectors already, x (B, L, C); `end` (B,): their end tokens.
+
+        So stage 2 puts vectors of its own among those of a class's name.
+        """
+        x = x + self.positional_embedding[:x.shape[1]]                         # (B, L, C)
+        x = self.ln_final(self.transformer(x, causal=True))                    # (B, L, C)
         # x[0, end[0]], x[1, end[1]], ...: (B, C), and projected (B, embed_dim)
         return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
 

@@ -59,25 +59,27 @@ def fetch(url, digest, folder, instead):
     return path
 
 
-def locate(name):
-    """Path of the weights that `--clip` names: a file's own, or that of a model's download. Raises
-    ValueError."""
-    if name == NAME:
-        return fetch(URL, DIGEST, "~/.cache/clip", "--clip FILE")
-    if Path(name).is_file():
-        return Path(name)
-    raise ValueError(f"--clip {name}: neither a file nor {NAME} (the pyramid adapter is made for "
-                     "patch 16)")
+def load(name, seed=0):
+    """(CLIP in float32 on the CPU, in eval mode; what tells it from another: its file's sha256).
 
-
-def load(path):
-    """CLIP in float32 on the CPU, in eval mode, from OpenAI's archive or a state dict. Raises
-    ValueError naming the file."""
+    name: "ViT-B/16", OpenAI's, which is downloaded once, or a file, OpenAI's archive or a state
+    dict. "random" is an untrained CLIP, drawn from the seed: for tests and timings, it knows
+    nothing. Raises ValueError naming a file that is not there, is no CLIP, or one of other patches.
+    """
+    if name == "random":
+        torch.manual_seed(seed)
+        return CLIP(), f"random, seed {seed}"
+    path = fetch(URL, DIGEST, "~/.cache/clip", "--clip FILE") if name == NAME else Path(name)
+    if not path.is_file():
+        raise ValueError(f"--clip {name}: neither a file nor {NAME}")
     state = read_file(path, "CLIP")
     try:
-        return CLIP.from_state_dict(state)
+        model = CLIP.from_state_dict(state)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
+    if model.visual.conv1.kernel_size != (16, 16):  # the pyramid adapter is made for these
+        raise ValueError(f"{path}: patches of 16 x 16 pixels are expected, as of {NAME}")
+    return model, file_sha256(path)
 
 
 # --------------------------------------------------------------------------- strangers' files

@@ -81,6 +81,17 @@ def nothing_noted_yet():
     note.cache_clear()
 
 
+class Planted:
+    """Pickles to a call, which an ordinary reader of pickles makes."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        function, *arguments = self.call
+        return function, tuple(arguments)
+
+
 def last_line(said):
     """The last line of what was said, without the progress bars before it."""
     return said.strip().split("\r")[-1].splitlines()[-1]

@@ -59,10 +59,11 @@ def agreement(one, other):
 
 # ========================================================================== what the chain leaves
 
-def test_the_next_command_has_the_list_and_clip_of_this_one():
+def test_the_next_command_has_the_list_and_clip_of_this_one(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["code/stage1_cam.py"])
     given = ["--data", "my birds", "--method", "clip", "--clip", "f.pt", "--split", "val"]
     said = stage1.next_command("x.py", stage1.parse_args(given), "split", "limit", "clip")
-    assert said == "python x.py --data 'my birds' --runs runs --split val --clip f.pt"
+    assert said == "python code/x.py --data 'my birds' --runs runs --split val --clip f.pt"
 
 
 def test_files_are_those_of_the_design(chain, dataset):
@@ -212,10 +213,10 @@ def test_cocos_slots_become_classes(tmp_path):
     """A released COCO checkpoint has 91 outputs, of which 80 and background are classes (32b)."""
     torch.save(released(COCO_SLOTS), tmp_path / "coco.pth")
     args = stage2.parse_args(["--data", "x"])
-    model, names = stage2.open_checkpoint(tmp_path / "coco.pth", args, None)
+    model, names = stage2.open_checkpoint(tmp_path / "coco.pth", args)
     assert names == COCO_CLASSES and [COCO_SLOTS[k] for k in model.outputs] == list(names)
     with pytest.raises(ValueError, match="91 classes, the dataset 4"):
-        stage2.open_checkpoint(tmp_path / "coco.pth", args, None, CLASSES)
+        stage2.open_checkpoint(tmp_path / "coco.pth", args, CLASSES)
 
 
 # ===================================================================== two processes, a far device

@@ -14,7 +14,7 @@ from torch import nn
 
 import clip
 from clip import tokenizer
-from conftest import tiny_clip
+from conftest import Planted, tiny_clip
 
 # torch.jit is deprecated: only these tests make archives with it
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -118,7 +118,8 @@ def test_an_archive_is_read_as_torch_reads_it_without_torch(tmp_path, monkeypatc
     monkeypatch.setattr(torch.jit, "load", None)
     monkeypatch.setattr(torch, "load", None)
     same(clip.read_file(path, "CLIP"), expected)
-    loaded = clip.load(path)
+    loaded, digest = clip.load(path)
+    assert digest == clip.file_sha256(path)
     same(loaded.state_dict(), wanted)
     assert not loaded.training and loaded.logit_scale.requires_grad
 
@@ -135,18 +136,7 @@ def test_plain_files_are_read_as_torch_reads_them(tmp_path, save):
     save(state, path)
     same(clip.read_file(path, "weights"), torch.load(path, weights_only=True))
     save(tiny_clip().state_dict(), path)
-    same(clip.load(path).state_dict(), tiny_clip().state_dict())
-
-
-class Planted:
-    """Pickles to a call, which an ordinary reader of pickles makes."""
-
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        function, *arguments = self.call
-        return function, tuple(arguments)
+    same(clip.load(path)[0].state_dict(), tiny_clip().state_dict())
 
 
 def save_as_archive(value, path):
@@ -266,9 +256,11 @@ def test_a_failed_download_is_one_line(tmp_path, url, monkeypatch, name, digest,
 def test_names_of_models_and_files(monkeypatch):
     digest = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
     assert (clip.weights.NAME, clip.weights.DIGEST) == ("ViT-B/16", digest)
-    monkeypatch.setattr(clip.weights, "fetch", lambda *given: given)
+    asked = []
+    monkeypatch.setattr(clip.weights, "fetch", lambda *given: asked.append(given) or Path(__file__))
+    with pytest.raises(ValueError, match="not a readable CLIP"):
+        clip.load("ViT-B/16")
     url = f"https://openaipublic.azureedge.net/clip/models/{digest}/ViT-B-16.pt"
-    assert clip.locate("ViT-B/16") == (url, digest, "~/.cache/clip", "--clip FILE")
-    assert clip.locate(__file__) == Path(__file__)
+    assert asked == [(url, digest, "~/.cache/clip", "--clip FILE")]
     with pytest.raises(ValueError, match="ViT-L/14: neither a file nor ViT-B/16"):
-        clip.locate("ViT-L/14")
+        clip.load("ViT-L/14")

@@ -20,7 +20,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from conftest import CLASSES, read_json, script
+from conftest import CLASSES, Planted, read_json, script
 from eval import Parser, find_dataset, read_label, run, start_run, write_label, write_text
 
 CHECK = "eval.py --data {0} --check"
@@ -377,19 +377,9 @@ def test_what_is_no_number_is_one_line(name, monkeypatch, capsys):
 
 # ============================================================================ pickles, --images
 
-class Planted:
-    """An object whose pickle makes a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
 def test_no_pickle_is_opened(folder, said):
     """Not of labels (the released code's form), weights, a checkpoint, nor of CAMs."""
-    planted = Planted(folder / "opened")
+    planted = Planted(open, str(folder / "opened"), "w")
     np.save(folder / "cls_labels.npy", planted, allow_pickle=True)
     torch.save({"a": planted}, folder / "w.pth")
     for command in (STAGE1 + " --weights {0}/w.pth", CLIP, STAGE2 + " --checkpoint {0}/w.pth"):
@@ -456,8 +446,8 @@ def test_a_console_that_lacks_a_letter(folder):
 
 def test_a_run_is_recorded_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    start_run(tmp_path / "1_cam", argparse.Namespace(overwrite=False, lr=0.1), {"a": "b"}, "cpu")
-    record = read_json(tmp_path / "1_cam" / "args.json")
+    start_run(tmp_path, argparse.Namespace(overwrite=False, lr=0.1), None, [], {}, "cpu")
+    record = read_json(tmp_path / "args.json")
     assert record["options"]["lr"] == 0.1 and "torch" in record["versions"]
 
 

@@ -148,8 +148,8 @@ def coco(tmp_path, monkeypatch):
     root = tmp_path / "COCO2014"
     monkeypatch.setitem(evaluation.PUBLISHED, "COCO2014", {"train": 2, "val": 1})
     for split, n in (("train", 3), ("val", 1)):
-        images = [{"id": 100 + k, "height": H, "width": W, "file_name": f"{split}_{k}.jpg"}
-                  for k in range(n)]
+        images = [{"id": 100 + k, "height": H, "width": W,
+                   "file_name": f"../{split}2014/{split}_{k}.jpg"} for k in range(n)]
         objects = [{**found, "id": k} for k, found in enumerate(OBJECTS[split])]
         content = {"images": images, "annotations": objects, "categories": CATEGORIES}
         write_text(root / "annotations" / f"instances_{split}2014.json", json.dumps(content))

@@ -24,7 +24,7 @@ import torchvision
 import eval as evaluation
 import stage1_cam
 import stage2_weakclip
-from conftest import draw_dataset, read_json, tiny_clip
+from conftest import Planted, draw_dataset, read_json, tiny_clip
 from eval import read_label, run, write_label, write_text
 
 STAGES = {"1_cam": "stage1_cam", "2_weakclip": "stage2_weakclip", "3_segment": "stage3_segment"}
@@ -204,6 +204,7 @@ CHANGES = {
     "seed": (["--seed", "1"], None, "seed"),
     "accumulate": (["--accumulate", "2"], None, "accumulate"),
     "list": ([], "train_list", "train"),
+    "photo": ([], "photo", "photos"),
     "classes": ([], "classes", "classes"),
     "seeds": ([], "seeds", "seeds"),
     "clip": ([], "clip", "clip"),
@@ -215,6 +216,8 @@ def change(what, folder):
     drawn = folder / "drawn"
     if what == "train_list":
         write_text(drawn / "ImageSets/Segmentation/train.txt", "train_1\ntrain_0\n")
+    if what == "photo":
+        shutil.copy(drawn / "JPEGImages/val_0.jpg", drawn / "JPEGImages/val_1.jpg")
     if what == "classes":
         for name in ("classes.txt", "image_labels.txt"):
             write_text(drawn / name, (drawn / name).read_text().replace("dog", "hound"))
@@ -302,14 +305,16 @@ def test_other_mask_options_rewrite_the_masks_alone(copy, monkeypatch):
     assert all(path.stat().st_mtime_ns > before for path, before in masks.items())
 
 
-def test_stage_3_learns_no_masks_of_other_classes(copy, capsys):
+def test_masks_of_other_classes_are_neither_learned_from_nor_scored(copy, capsys, call):
     """They are ours, and so not compared with image labels; their stage's record says it."""
     masks = copy / "whole" / "drawn" / "2_weakclip" / "masks" / "train"
     classes = copy / "drawn" / "classes.txt"
     names = classes.read_text().split("\n")
     write_text(classes, "\n".join([names[0], names[2], names[1], *names[3:]]))
     line = refused("3_segment", copy, "again", "--masks", masks, capsys=capsys)
-    assert "2_weakclip/masks/train: made with other classes" in line
+    assert "2_weakclip: made with other classes" in line
+    line = call("eval.py", "--data", copy / "drawn", "--runs", copy / "whole", ok=False)
+    assert "1_cam: made with other classes" in line
 
 
 def test_stage_3_predicts_further_lists(copy):
@@ -371,17 +376,10 @@ def test_no_mask_is_made_of_what_is_no_number(stage, copy, capsys):
 
 # ====================================================================== checkpoints that are none
 
-class Planted:
-    """Pickled, it says: call this on loading."""
-
-    def __reduce__(self):
-        return os.mkdir, ("planted",)
-
-
 def planted(good):
     """A checkpoint of this form with a planted call."""
     f = io.BytesIO()
-    torch.save({**good, "facts": Planted()}, f)
+    torch.save({**good, "facts": Planted(os.mkdir, "planted")}, f)
     return f.getvalue()
 
 
@@ -416,8 +414,7 @@ def test_a_checkpoint_of_another_stage_is_refused(copy, capsys):
     assert "of other classes" in refused("2_weakclip", copy, "whole", capsys=capsys)
     shutil.copy(copy / "whole" / "drawn" / "3_segment" / "checkpoint.pt", ours / "checkpoint.pt")
     assert "checkpoint.pt" in refused("2_weakclip", copy, "whole", capsys=capsys)
-    line = refused("2_weakclip", copy, "whole", "--images", copy / "drawn/JPEGImages",
-                   capsys=capsys)
+    line = refused("2_weakclip", copy, "whole", "--images", copy / "drawn", capsys=capsys)
     assert "checkpoint.pt" in line
 
 

@@ -46,7 +46,7 @@ FULL = {
     "stage 1": "--crop 160 --iters 200 --batch-size 8 --lr 0.01".split(),
     "stage 2": "--crop 128 --iters 300 --batch-size 8 --lr 1e-3".split(),
     "stage 3": "--crop 128 --iters 300 --batch-size 8 --lr 0.00125 --scales 1 1.5".split(),
-    "ablation": "--crop 128 --iters 150 --batch-size 8 --lr 1e-3 --limit 200".split(),
+    "ablation": "--crop 128 --iters 120 --batch-size 8 --lr 1e-3 --limit 150".split(),
 }
 SMALL = {
     "name": "small",
