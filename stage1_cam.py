@@ -370,8 +370,8 @@ def random_window(rng, length, size):
 # mean, a network that gives every class the probability 0.075, whatever the photo, reaches 0.27.
 # Knowing which classes are frequent gains a little more; what is well below needs the photo.
 
-def make_optimizer(model, lr):
-    """SGD with weight decay 1e-4 in two groups: the new layer learns ten times as fast.
+def sgd(model, lr, momentum, weight_decay):
+    """SGD in two groups: the new layer learns ten times as fast. Stage 3 has it too.
 
     The backbone starts from features that are good already, and large steps would spoil them; the
     classifier starts from noise. A fixed layer gets no gradient, and SGD passes over it. Each group
@@ -380,11 +380,7 @@ def make_optimizer(model, lr):
     """
     groups = [{"params": model.backbone.parameters(), "base_lr": lr},
               {"params": model.classifier.parameters(), "base_lr": 10 * lr}]
-    # IRN's momentum is 1e-4, as good as none: its code hands SGD the weight decay in momentum's
-    # place. Ours is 0 with ImageNet weights. From nothing, where IRN has no recipe, it is the
-    # usual 0.9.
-    momentum = 0 if model.pretrained else 0.9
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=1e-4)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
 
 def poly(base_lr, step, iters):
@@ -406,7 +402,11 @@ def train(model, data, ids, labels, args, machine, folder):
     AUDIT.md: (49).
     """
     make = functools.partial(labelled_image, data, labels, args.crop)
-    optimizer = make_optimizer(model, args.lr)
+    # IRN's momentum is 1e-4, as good as none: its code hands SGD the weight decay in momentum's
+    # place. Ours is 0 with ImageNet weights. From nothing, where IRN has no recipe, it is the
+    # usual 0.9.
+    momentum = 0 if model.pretrained else 0.9
+    optimizer = sgd(model, args.lr, momentum, weight_decay=1e-4)
     # What a checkpoint must say of itself before this run goes on from it.
     facts = {"stage": "1_cam", "classes": list(data.classes)}
     start = resume(folder, model, optimizer, facts, machine)

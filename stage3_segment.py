@@ -31,7 +31,7 @@ from eval import (IGNORE, check_inputs, dataset_name, files_digest, label_path, 
 from stage1_cam import (IMAGENET_COLOURS, LOG_EVERY, SAVE_EVERY, Machine, backbone_options, batches,
                         common_options, conv_layout, crop_or_pad, fix_batchnorm, load_trained, log,
                         next_command, normalise, open_run, parts, poly, random_window,
-                        read_checkpoint, resize, resnet, resume, save, weights_digest)
+                        read_checkpoint, resize, resnet, resume, save, sgd, weights_digest)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_options, mask_photos,
                              masks_are_current, mean_cross_entropy, resize_image, write_all_masks)
 
@@ -108,19 +108,6 @@ def masked_image(data, masks, crop, image_id, rng):
 # falls back on what most masks have in common. What is wrong alike in all photos (bicycles filled
 # in, legs cut off) it learns, and its score on true masks shows that.
 
-def make_optimizer(model, lr):
-    """SGD with momentum 0.9, weight decay 5e-4; the new layers learn ten times as fast.
-
-    The backbone comes from ImageNet and needs a nudge; the head starts from noise. Momentum 0.9
-    adds up the last ten gradients or so: what they agree on grows, what they differ in cancels.
-    AUDIT.md: (85).
-    """
-    groups = [
-        {"params": model.backbone.parameters(), "base_lr": lr},
-        {"params": model.classifier.parameters(), "base_lr": 10 * lr}]
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=5e-4)
-
-
 def train(model, data, ids, args, machine, folder):
     """Train on the masks, from the folder's last checkpoint if there is one.
 
@@ -134,7 +121,9 @@ def train(model, data, ids, args, machine, folder):
     AUDIT.md: (86), (87).
     """
     make = functools.partial(masked_image, data, args.masks, args.crop)
-    optimizer = make_optimizer(model, args.lr)
+    # Momentum 0.9 adds up the last ten gradients or so: what they agree on grows, what they differ
+    # in cancels. The head starts from noise and learns ten times as fast as the backbone (85).
+    optimizer = sgd(model, args.lr, momentum=0.9, weight_decay=5e-4)
     # arch: --images builds the network from the checkpoint alone.
     facts = {"stage": "3_segment", "classes": list(data.classes), "arch": args.arch}
     start = resume(folder, model, optimizer, facts, machine)

@@ -10,8 +10,8 @@ writes  runs/toy/data/toy<N> (VOC's layout), runs/toy/clip_*.pt, runs/toy/ablate
         runs/toy/toy<N>/: 1_cam, 2_weakclip, 3_segment, crf_on_cams, resnet18.pt (stage 3's start),
         table.txt, metrics.json and report.html; with --true-masks runs/toy/no_crf, true and
         true_no_crf too; with --small, small<N> for toy<N>
-cost    two quiet cores of an Intel Xeon with bfloat16: the chain 4 minutes, --true-masks 3.5 more;
-        what --ablate and --float32 take is not measured
+cost    two quiet cores of an Intel Xeon with bfloat16: the chain 4 minutes, --true-masks 3.5 more,
+        --ablate XX; with --float32 the chain 8
 
 What is drawn, and the small CLIP that comes with it, is in `tests/toy_world.py`. Runs go on where
 they stopped, and a finished stage does nothing; to start afresh, remove runs/toy.
@@ -136,8 +136,8 @@ CEILINGS = {
     "stage 3 taught by true masks, val": ("true/{}/3_segment/masks/val", "val", ""),
 }
 WHY = """
-The CRF does most here because the drawing's colours end where its things end; the network adds 1 to
-6 points. Taught by true masks, without its CRF, it comes in these minutes to 63 to 66
+The CRF does most here because the drawing's colours end where its things end; the network adds -1
+to 6 points. Taught by true masks, without its CRF, it comes in these minutes to 63 to 66
 (--true-masks), not far beyond what the CRF makes of the CAMs.
 On 800 photos colours end anywhere and the CLIP-like encoder knows more: there the network goes 7
 points beyond the CRF.
