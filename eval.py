@@ -107,7 +107,8 @@ class Dataset:
 
     def splits(self):
         """The names of all lists."""
-        return sorted(path.stem for path in self.list_path("train").parent.glob("[!.]*.txt"))
+        folder = self.list_path("train").parent
+        return sorted(path.stem for path in folder.glob("*.txt") if is_name(path.stem))
 
     def training_split(self):
         """trainaug where that list exists, else train."""
@@ -116,8 +117,7 @@ class Dataset:
     def ids(self, split, limit=None):
         """Image ids of a list, in its order, the first `limit` of them. Raises ValueError."""
         if not self.has(split):
-            raise ValueError(f"{self.list_path(split)}: no such list; make it, one image id a "
-                             "line, or name another")
+            raise ValueError(f"{self.list_path(split)}: no such list; make it, one id a line")
         return read_list(self.list_path(split))[:limit]
 
     def image_path(self, image_id):
@@ -280,10 +280,15 @@ def read_list(path):
 
 
 def read_image_labels(path):
-    """image_labels.txt, lines `<id> name, name` -> {id: names}; an id alone has none."""
+    """image_labels.txt, lines `<id> name, name` -> {id: names}; an id alone has none.
+
+    Raises ValueError for what is no id: nothing would find its labels, and nothing be compared.
+    """
     labels = {}
-    for _, line in read_lines(path):
+    for number, line in read_lines(path):
         image_id, *names = line.split(None, 1)
+        if not is_name(image_id) or re.search(r"[,;:]$|\.(jpe?g|png)$", image_id, re.IGNORECASE):
+            raise ValueError(f"{path}: line {number}: {image_id!r} is no id; wanted: id name, name")
         found = [name.strip() for text in names for name in text.split(",") if name.strip()]
         labels.setdefault(image_id, []).extend(found)
     return labels
@@ -301,6 +306,8 @@ def annotated_objects(path):
     return [(found.findtext("name") or "").strip() for found in root.findall("object")]
 
 
+# What may stand behind a class's name: words, or nothing.
+SYNONYM_WORDS = r"(?:[^\W\d_][^:#,()\[\]{}]*(?:,\s*|$))*"
 # A thing that people know is no background, even where a dataset calls that by a name of its own.
 NO_BACKGROUND = {"ignore", "void", *VOC_CLASSES[1:], *COCO_SLOTS[1:]}
 
@@ -331,12 +338,12 @@ def read_classes(path):
             fault = "is no name; one a line is expected, without number, comma or semicolon"
         # What stands behind a name is words, which stage 1 puts into a sentence for CLIP; CVAT's
         # `cat:128,0,0::` has a colour there.
-        elif text and not re.fullmatch(r"(?:[^\W\d_][^:#,()\[\]{}]*(?:,\s*|$))+", text):
-            fault = f"has {text[:40]!r} behind it, which is no words; synonyms may stand there"
+        elif not re.fullmatch(SYNONYM_WORDS if names else "", text):
+            fault = f"has {text[:40]!r} behind it; synonyms, as words, may stand behind a class"
         if fault:
             raise ValueError(f"{path}: line {number}: {name[:80]!r} {fault}")
         names.append(name)
-        if text and len(names) > 1:
+        if text:
             texts[name] = text
     if not 2 <= len(names) <= IGNORE:
         raise ValueError(f"{path}: {len(names)} names; 2 to {IGNORE} are expected, one a line")
@@ -360,7 +367,7 @@ def decode(path, formats):
         picture.load()
     except Exception:  # a damaged file makes decoders raise nearly anything
         raise ValueError(f"{path}: not a readable {' or '.join(formats)} file (cut off, damaged, "
-                         "or of another kind); save it anew as that") from None
+                         "of another kind, or over 178 million pixels); save it anew") from None
     return picture
 
 
@@ -383,12 +390,11 @@ def colour_map():
     top bit down. So 5 (bottle), 101 in binary, has bit 0 in red and bit 2 in blue: (128, 0, 128).
     Near numbers get far colours, and nobody has to keep a table.
     """
-    number = np.arange(256, dtype=np.uint8)
-    palette = np.zeros((256, 3), np.uint8)
+    number = np.arange(256)[:, None]                                     # (256, 1)
+    palette = np.zeros((256, 3), int)
     for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= ((number >> (3 * bit + channel) & 1) << (7 - bit))
-    return palette
+        palette |= (number >> (3 * bit + np.arange(3)) & 1) << (7 - bit)
+    return palette.astype(np.uint8)
 
 
 def read_label(path, classes=256, size=None):
@@ -467,8 +473,7 @@ def check_inputs(data, ids, label_folder=None, image_labels=None, tolerated=TOLE
             raise ValueError(f"{missing[0]} and {len(missing) - 1} more are missing; run the stage "
                              "before on the same list")
     else:
-        known = image_labels is not None
-        pngs = {image_id: data.truth_path(image_id) for image_id in ids if known}
+        pngs = {i: data.truth_path(i) for i in ids if image_labels is not None}
 
     # A mask of another size cannot be laid over its photo, and resizing it in silence would hide
     # that one of the two was cropped or turned.
@@ -512,30 +517,29 @@ def compare_classes(data, folder, held, image_labels, tolerated):
 
 def note_leaks(data, split):
     """Say how many images of the lists that scores are made on stand in the training list too."""
-    for judged in ("val", "test"):
-        if judged != split and data.has(judged):
-            leaked = sorted(set(data.ids(judged)).intersection(data.ids(split)))
-            if leaked:
-                note(f"{data.root}: {len(leaked)} ids of {judged}.txt stand in {split}.txt too, "
-                     f"first {leaked[0]}; scores on {judged} will be too good")
+    for judged in filter(data.has, ("val", "test")):
+        leaked = sorted(set(data.ids(judged)).intersection(data.ids(split)))
+        if leaked:
+            note(f"{data.root}: {len(leaked)} ids of {judged}.txt stand in {split}.txt too, "
+                 f"first {leaked[0]}; scores on {judged} will be too good")
 
 
-def note_unteachable(data, labels):
-    """Say what image-level labels {id: class numbers} cannot teach a classifier.
+def note_unteachable(data, labels, classifier=True):
+    """Say what image-level labels {id: class numbers} cannot teach, to a classifier or to CLIP.
 
-    It learns a class from the difference between photos with it and photos without. Where there
-    are none of the one kind or of the other, or two classes always come together, it has nothing
-    to tell them by, and its CAMs are where anything is.
+    A class that no photo shows is never learned. A classifier learns from the difference between
+    photos with a class and photos without. Where there are none without it, or two classes always
+    come together, it has nothing to tell them by, and its CAMs are where anything is.
     """
     shown = {}
     for k, name in enumerate(data.classes[1:], start=1):
         photos = frozenset(image_id for image_id, numbers in labels.items() if k in numbers)
         shown.setdefault(photos, []).append(name)
     for photos, names in shown.items():
-        if len(names) > 1 or len(photos) in (0, len(labels)):
+        if not photos or classifier and (len(names) > 1 or len(photos) == len(labels)):
             note(f"{data.root}: {', '.join(names)}: in the same {len(photos)} of {len(labels)} "
                  "training photos, so a classifier has nothing to tell it from; add photos with "
-                 "and without it, or use --method clip")
+                 "and without it (with --method clip: those with it)")
 
 
 # ============================================ files that appear whole, the record of a run, errors
@@ -604,15 +608,17 @@ def check_outside(folder, args):
             raise ValueError(f"--{name} {value}: lies in {folder}, which is written; copy it")
 
 
-def start_run(folder, args, data, ids, digests, device, mask_options=()):
+def start_run(folder, args, data, lists, digests, device, mask_options=()):
     """Make or reopen a stage's folder; raise ValueError rather than mix two runs in one.
 
-    ids: whose photos are looked at or learned from; digests: {what else went in: its sha256};
+    lists: {split: ids} whose photos are looked at; digests: {what else went in: its sha256};
     device: in words, for the record. mask_options: names of options that change how masks are
-    written from a finished model, but not the model.
+    written from a finished model, but not the model. A list that was not there before is no other
+    run.
     """
     check_outside(folder, args)
-    digests["photos"] = files_digest([data.image_path(image_id) for image_id in ids])
+    for split, ids in lists.items():
+        digests[f"photos of {split}"] = files_digest([data.image_path(i) for i in ids])
     if args.overwrite and folder.exists():
         shutil.rmtree(folder)
     before = read_record(folder)
@@ -625,25 +631,26 @@ def start_run(folder, args, data, ids, digests, device, mask_options=()):
             "commit": commit if len(commit) == 40 else None, "finished": False})
         return
     free = {*MACHINE_OPTIONS, *FILE_OPTIONS, *mask_options} - digests.keys()
-    then = {**before.get("options", {}), **before.get("digests", {})}
+    known = before.get("digests", {})
+    then = {**digests, **before.get("options", {}), **known}
     # Digests come first, so that they are named first, and again last, over the options of the same
     # name: the digest of a file counts.
     for name, value in {**digests, **vars(args), **digests}.items():
         if name not in free and then.get(name) != value:
             raise ValueError(f"{folder} was made with {name} = {str(then.get(name))[:40]}, not "
                              f"{str(value)[:40]}; --overwrite starts afresh")
+    if digests.keys() - known.keys():
+        update_record(folder, digests={**known, **digests})
 
 
-def made_with_classes(data, folder):
-    """True if args.json says that a stage's label PNGs number the dataset's classes.
+def check_classes(data, folder):
+    """Raise ValueError where args.json says that a stage numbered other classes than the dataset's.
 
-    False where it says nothing, as of masks from elsewhere. Raises ValueError for other classes: a
-    number would mean another thing, and score as if it were right.
+    A number would mean another thing, and its score would look right.
     """
-    classes = read_record(folder).get("digests", {}).get("classes")
-    if classes not in (None, data.digests()["classes"]):
+    now = data.digests()["classes"]
+    if read_record(folder).get("digests", {}).get("classes", now) != now:
         raise ValueError(f"{folder}: made with other classes; start that stage afresh")
-    return classes is not None
 
 
 def is_finished(folder, files):
@@ -725,17 +732,15 @@ def download(name):
     root = Path("data/VOCdevkit/VOC2012")
     try:
         # Masks lie behind the photos in the archive: where all are there, all has been unpacked.
+        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
         if len(list(root.glob("SegmentationClass/*.png"))) < VOC_MASKS:
-            tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
             VOCSegmentation("data", download=True)
         data = find_dataset(root)
         if not data.has("trainaug"):
-            utils.download_url(SBDataset.url, "data", md5=SBDataset.md5)
+            utils.download_and_extract_archive(SBDataset.url, "data", md5=SBDataset.md5)
             ids = set(data.ids("train"))
-            with tarfile.open(Path("data", SBDataset.url.rpartition("/")[2])) as archive:
-                for split in ("train", "val"):
-                    member = archive.extractfile(f"benchmark_RELEASE/dataset/{split}.txt")
-                    ids.update(member.read().decode().split())
+            for split in ("train", "val"):
+                ids.update(read_list(Path(f"data/benchmark_RELEASE/dataset/{split}.txt")))
             ids.difference_update(data.ids("val"))
             if len(ids) != PUBLISHED["VOC2012"]["trainaug"]:
                 raise ValueError(f"trainaug comes to {len(ids)} ids, not as published")
@@ -906,7 +911,7 @@ def score_runs(data, folder):
     rows = []
     for masks in [folder / "1_cam/seeds", *sorted(folder.glob("**/masks/[!.]*"))]:
         stage = masks.parent if masks.name == "seeds" else masks.parent.parent
-        made_with_classes(data, stage)
+        check_classes(data, stage)
         record = read_record(stage)
         options = record.get("options", {})
         training = options.get("split")
@@ -1076,9 +1081,9 @@ def score_all(data, folder):
     rows = score_runs(data, folder)
     print_rows(rows)
     if not rows:
-        print(f"nothing to score: no true mask of these images in {data.root}")
-    write_report(data, folder, rows)
+        print(f"nothing to score: no masks yet, or no true ones of their images in {data.root}")
     write_json(folder / "metrics.json", {"rows": rows})
+    write_report(data, folder, rows)
     print(f"written: {folder / 'metrics.json'}, {folder / 'report.html'}")
 
 

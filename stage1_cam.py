@@ -433,10 +433,9 @@ def train(model, data, ids, labels, args, machine, folder):
             total += loss.detach()
         machine.average_gradients(model)
         optimizer.step()
-        if machine.main and step % LOG_EVERY == 0:
-            log(folder, bar, step, optimizer.param_groups[0]["lr"], {"loss_multilabel": total})
-        if machine.main and ((step + 1) % SAVE_EVERY == 0 or step + 1 == args.iters):
-            save(folder, model, optimizer, step + 1, facts)
+        # A line of the log every 10 iterations, the checkpoint every 500 and after the last.
+        log(folder, bar, step, optimizer, {"loss_multilabel": total}, machine)
+        save(folder, model, optimizer, step + 1, args.iters, facts, machine)
     machine.share_buffers(model)
 
 
@@ -1079,6 +1078,8 @@ class Machine:
     def __init__(self, device, amp):
         self.rank = int(os.environ.get("RANK", 0))  # set by torchrun
         self.world = int(os.environ.get("WORLD_SIZE", 1))
+        if not 0 <= self.rank < self.world:
+            raise ValueError("RANK, WORLD_SIZE: start with torchrun, or unset these variables")
         self.main = self.rank == 0
         self.amp = amp
         if device == "auto":
@@ -1101,9 +1102,7 @@ class Machine:
 
     def autocast(self):
         """A context: bfloat16 for what runs inside, if --amp; losses stay outside, in float32."""
-        if self.amp:
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
     def share(self, items):
         """This process's part of a list; the parts of all processes make up the list."""
@@ -1191,27 +1190,34 @@ def parts(batch, n, machine):
         yield [tensor.to(machine.device, non_blocking=True) for tensor in part]
 
 
-def log(folder, bar, step, lr, terms):
-    """Add a line to log.jsonl. Raises ValueError where a loss is infinite or no number.
+def log(folder, bar, step, optimizer, terms, machine):
+    """Every LOG_EVERY iterations add a line to log.jsonl: the first group's rate, all losses.
 
+    Raises ValueError where a loss is infinite or no number.
     AUDIT.md: (98).
     """
+    if step % LOG_EVERY or not machine.main:
+        return
     losses = {name: term.item() for name, term in terms.items()}
     total = sum(losses.values())
     if not math.isfinite(total):
         raise ValueError(f"iteration {step}: {losses}; --overwrite with a smaller --lr")
     bar.set_postfix(loss=f"{total:.3f}")
+    lr = optimizer.param_groups[0]["lr"]
     with open(folder / "log.jsonl", "a") as f:
         f.write(json.dumps({"step": step, "lr": lr, "loss": total, **losses}) + "\n")
 
 
-def save(folder, model, optimizer, step, facts, frozen=()):
-    """Write checkpoint.pt: all that iteration `step` and those after it depend on.
+def save(folder, model, optimizer, step, iters, facts, machine, frozen=()):
+    """Every SAVE_EVERY iterations, and after the last of `iters`, write checkpoint.pt.
 
-    frozen: prefixes of names that are left out; facts: what tells this run from another. The loss
-    can be sound and the step after it not (a gradient overflows, a variance is zero), and a NaN
-    never leaves the weights again: then ValueError, and nothing is written.
+    It holds all that iteration `step` and those after it depend on. frozen: prefixes of names that
+    are left out; facts: what tells this run from another. The loss can be sound and the step after
+    it not (a gradient overflows, a variance is zero), and a NaN never leaves the weights again:
+    then ValueError, and nothing is written.
     """
+    if step % SAVE_EVERY and step < iters or not machine.main:
+        return
     weights = {name: value for name, value in model.state_dict().items()
                if not name.startswith(frozen)}
     moments = [moment for state in optimizer.state.values() for moment in state.values()]
@@ -1384,16 +1390,16 @@ def main():
         check_inputs(data, ids, image_labels=labels)
     folder = args.runs / data.name / "1_cam"
     digests = data.digests(args.split, labels=json.dumps(labels))
+    note_unteachable(data, labels, args.method == "classifier")
     if args.method == "clip":
         model, digests["clip"] = clip.load(args.clip, args.seed)
         digests["texts"] = json.dumps(class_texts(data))
     else:
-        note_unteachable(data, labels)
         digests["weights"] = weights_digest(args.arch, args.weights)
         args.lr = args.lr or (0.01 if args.weights == "none" else 0.1)
         args.iters = args.iters or 5 * max(1, len(ids) // args.batch_size)  # 5 epochs
     if machine.main:
-        start_run(folder, args, data, ids, digests, machine.description)
+        start_run(folder, args, data, {args.split: ids}, digests, machine.description)
     machine.wait()
     if is_finished(folder, [folder / f"seeds/{i}.png" for i in ids]):
         return

@@ -53,14 +53,14 @@ from torchvision.ops import stochastic_depth
 from tqdm import tqdm
 
 import clip
-from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, PHOTO_ENDINGS, VOC_CLASSES, check_inputs,
-                  check_outside, dataset_name, files_digest, for_each, is_finished, label_path,
-                  overlay, read_image, read_label, read_record, run, start_run, update_record,
-                  write_label, write_whole)
-from stage1_cam import (CLIP_COLOURS, IMAGENET_COLOURS, LOG_EVERY, SAVE_EVERY, Machine, batches,
-                        check_output, common_options, conv_layout, crop_or_pad, dense_crf,
-                        load_trained, log, next_command, normalise, number, open_run, parts,
-                        read_checkpoint, resize, resume, save)
+from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, PHOTO_ENDINGS, VOC_CLASSES, check_classes,
+                  check_inputs, check_outside, dataset_name, files_digest, for_each, is_finished,
+                  label_path, overlay, read_image, read_label, read_record, run, start_run,
+                  update_record, write_label, write_whole)
+from stage1_cam import (CLIP_COLOURS, IMAGENET_COLOURS, Machine, batches, check_output,
+                        common_options, conv_layout, crop_or_pad, dense_crf, load_trained, log,
+                        next_command, normalise, number, open_run, parts, read_checkpoint, resize,
+                        resume, save)
 
 
 # ===================================================================================== switches
@@ -1009,11 +1009,8 @@ def train(model, data, ids, args, machine, folder, facts):
                 terms[name] = terms.get(name, 0) + loss.detach() / args.accumulate
         machine.average_gradients(model)
         optimizer.step()
-        if machine.main and step % LOG_EVERY == 0:
-            # The first group's rate is that of the trained parts.
-            log(folder, bar, step, optimizer.param_groups[0]["lr"], terms)
-        if machine.main and ((step + 1) % SAVE_EVERY == 0 or step + 1 == args.iters):
-            save(folder, model, optimizer, step + 1, facts, model.frozen)
+        log(folder, bar, step, optimizer, terms, machine)
+        save(folder, model, optimizer, step + 1, args.iters, facts, machine, model.frozen)
     machine.share_buffers(model)
 
 
@@ -1312,7 +1309,7 @@ def open_checkpoint(path, args, classes=None):
     args.crop, args.iters = facts["crop"], saved["step"]
     model, wanted = new_network(args, classes or facts["classes"], switches)
     if facts != wanted:  # crop and switches are the checkpoint's
-        raise ValueError(f"{path} was trained with other classes or another CLIP: {facts}")
+        raise ValueError(f"{path} was trained with other classes or another CLIP; give its --clip")
     load_trained(model, saved["model"], model.frozen)
     return model, facts["classes"]
 
@@ -1434,6 +1431,7 @@ def prepare_run(args, switches):
         if args.checkpoint:
             check_inputs(data, lists[args.split])
         else:
+            check_classes(data, args.seeds.parent)
             labels = data.known_labels(learned)
             check_inputs(data, sorted(set(learned)), args.seeds, labels, tolerated=0)
         check_inputs(data, lists.get("val", []))
@@ -1463,8 +1461,7 @@ def main():
             digests["clip"] = facts["clip"]
             digests["seeds"] = files_digest([label_path(args.seeds, i) for i in lists[args.split]])
         # Refuses to go on with what other options, lists, photos, seeds or another CLIP began.
-        ids = sum(lists.values(), [])
-        start_run(folder, args, data, ids, digests, machine.description, MASK_OPTIONS)
+        start_run(folder, args, data, lists, digests, machine.description, MASK_OPTIONS)
     machine.wait()
     if masks_are_current(folder, args, lists):
         return

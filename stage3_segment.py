@@ -26,12 +26,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from eval import (IGNORE, check_inputs, dataset_name, files_digest, label_path, made_with_classes,
-                  note, read_label, run, start_run)
-from stage1_cam import (IMAGENET_COLOURS, LOG_EVERY, SAVE_EVERY, Machine, backbone_options, batches,
-                        common_options, conv_layout, crop_or_pad, fix_batchnorm, load_trained, log,
-                        next_command, normalise, open_run, parts, poly, random_window,
-                        read_checkpoint, resize, resnet, resume, save, sgd, weights_digest)
+from eval import (IGNORE, check_classes, check_inputs, dataset_name, files_digest, label_path,
+                  note, read_label, read_record, run, start_run)
+from stage1_cam import (IMAGENET_COLOURS, Machine, backbone_options, batches, common_options,
+                        conv_layout, crop_or_pad, fix_batchnorm, load_trained, log, next_command,
+                        normalise, open_run, parts, poly, random_window, read_checkpoint, resize,
+                        resnet, resume, save, sgd, weights_digest)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_options, mask_photos,
                              masks_are_current, mean_cross_entropy, resize_image, write_all_masks)
 
@@ -153,10 +153,8 @@ def train(model, data, ids, args, machine, folder):
             total += loss.detach()
         machine.average_gradients(model)
         optimizer.step()
-        if machine.main and step % LOG_EVERY == 0:
-            log(folder, bar, step, optimizer.param_groups[0]["lr"], {"loss_cross_entropy": total})
-        if machine.main and ((step + 1) % SAVE_EVERY == 0 or step + 1 == args.iters):
-            save(folder, model, optimizer, step + 1, facts)
+        log(folder, bar, step, optimizer, {"loss_cross_entropy": total}, machine)
+        save(folder, model, optimizer, step + 1, args.iters, facts, machine)
     machine.share_buffers(model)
 
 
@@ -226,7 +224,8 @@ def main():
         # Masks of our own stages lie in <stage>/masks/<split>, and the stage's args.json says which
         # classes they number. Of others nobody does: where they number them otherwise, most masks
         # have a class that the photo's labels lack.
-        ours = made_with_classes(data, args.masks.parent.parent)
+        check_classes(data, args.masks.parent.parent)
+        ours = read_record(args.masks.parent.parent)
         labels = {} if ours else data.known_labels(ids)
         check_inputs(data, ids, args.masks, labels, tolerated=0.5)
         # Photos that are only predicted need no mask.
@@ -235,7 +234,8 @@ def main():
         digests["masks"] = files_digest([label_path(args.masks, i) for i in ids])
         digests["weights"] = weights_digest(args.arch, args.weights)
         # --predict may change between runs: the model does not depend on it.
-        start_run(folder, args, data, ids, digests, machine.description,
+        looked_at = {**lists, args.split: ids}
+        start_run(folder, args, data, looked_at, digests, machine.description,
                   (*MASK_OPTIONS, "predict"))
     machine.wait()
     if masks_are_current(folder, args, lists):

@@ -122,6 +122,7 @@ def by_hand(name):
 def main():
     """Run the scripts, each with the options that follow its name."""
     torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)
+    torch.get_device_module(NAME).get_amp_supported_dtype = [torch.bfloat16].copy
     library = torch.library.Library("aten", "IMPL")
     for name in ("empty_strided", "empty.memory_format", "copy_", "_copy_from"):
         library.impl(name, by_hand(name), "PrivateUse1")

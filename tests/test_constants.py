@@ -230,7 +230,7 @@ def train_on(monkeypatch, tmp_path):
         seen, saved, bar = [], [], Bar((step, (x, y)) for step in range(iters))
         monkeypatch.setattr(stage, "batches", lambda *given: bar)
         monkeypatch.setattr(stage, "save", lambda *given: saved.append(given[2]))
-        monkeypatch.setattr(stage, "LOG_EVERY", 1)
+        monkeypatch.setattr(stage1, "LOG_EVERY", 1)
         model.register_forward_hook(lambda m, given, out: seen.append((m.training, *given, out)))
         args = Namespace(iters=iters, lr=lr, accumulate=1, seed=0, crop=64, seeds=None, masks=None,
                          arch="resnet18")

@@ -239,22 +239,15 @@ def test_a_file_that_is_not_written_to_its_end_is_the_former(tmp_path, error):
         assert f"{path}: cannot be written (No space left)" in str(raised.value)
 
 
-class Broken(torch.utils.data.Dataset):
-    """A dataset whose only sample raises an error."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        raise self.error
+def raise_first(errors):
+    """What should make a batch of samples, and ends by the first of them."""
+    raise errors[0]
 
 
 def end_by(error, workers=0):
     """Run a main() that ends with an error, of its own or of a process that loads images."""
-    run(lambda: next(iter(torch.utils.data.DataLoader(Broken(error), num_workers=workers))))
+    loader = torch.utils.data.DataLoader([error], num_workers=workers, collate_fn=raise_first)
+    run(lambda: next(iter(loader)))
 
 
 @pytest.mark.parametrize("error, workers, status, said", [

@@ -93,11 +93,10 @@ def in_child(stage, folder, runs, *options, kill_after=None):
 
 def call_stage(stage, words):
     """main() of a stage in this process, with checkpoints and lines of the log often enough."""
-    module = importlib.import_module(STAGES[stage])
-    module.SAVE_EVERY, module.LOG_EVERY = 2, 1
+    stage1_cam.SAVE_EVERY, stage1_cam.LOG_EVERY = 2, 1
     sys.argv = words
     evaluation.note.cache_clear()
-    run(module.main)
+    run(importlib.import_module(STAGES[stage]).main)
 
 
 def refused(stage, folder, runs, *options, capsys):
@@ -164,9 +163,10 @@ def test_three_and_three_are_six(stage, world, monkeypatch):
     module = importlib.import_module(STAGES[stage])
     save = stage1_cam.save
 
-    def save_and_stop(*args):
-        save(*args)
-        raise KeyboardInterrupt
+    def save_and_stop(folder, model, optimizer, step, *args):
+        save(folder, model, optimizer, step, *args)
+        if step in (2, 4, 6, 7):
+            raise KeyboardInterrupt
     monkeypatch.setattr(module, "save", save_and_stop)
     statuses = [in_child(stage, world, "cut") for _ in range(4)]
     assert statuses == [130, 130, 130, 130]  # after iterations 2, 4, 6 and 7
@@ -204,7 +204,7 @@ CHANGES = {
     "seed": (["--seed", "1"], None, "seed"),
     "accumulate": (["--accumulate", "2"], None, "accumulate"),
     "list": ([], "train_list", "train"),
-    "photo": ([], "photo", "photos"),
+    "photo": ([], "photo", "photos of val"),
     "classes": ([], "classes", "classes"),
     "seeds": ([], "seeds", "seeds"),
     "clip": ([], "clip", "clip"),
@@ -317,13 +317,15 @@ def test_masks_of_other_classes_are_neither_learned_from_nor_scored(copy, capsys
     assert "1_cam: made with other classes" in line
 
 
-def test_stage_3_predicts_further_lists(copy):
-    """Another list to predict is no other run, and what is there stays."""
+def test_stage_3_predicts_further_lists(copy, capsys):
+    """Another list to predict is no other run, and what is there stays; its photos count then."""
     folder = copy / "whole" / "drawn" / "3_segment"
     before = (folder / "masks" / "val" / "val_0.png").stat().st_mtime_ns
     call_stage("3_segment", command("3_segment", copy, "whole", "--predict", "val,train"))
     assert len(list(folder.glob("masks/train/*.png"))) == 5
     assert (folder / "masks" / "val" / "val_0.png").stat().st_mtime_ns == before
+    change("photo", copy)
+    assert "photos of val = " in refused("3_segment", copy, "whole", capsys=capsys)
 
 
 # ====================================================================================== not finite
@@ -355,10 +357,11 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     write_text(tmp_path / "log.jsonl", "")
-    stage1_cam.save(tmp_path, model, optimizer, 1, {})
+    end = {}, stage1_cam.Machine("cpu", False)
+    stage1_cam.save(tmp_path, model, optimizer, 1, 1, *end)
     optimizer.state[model.weight]["exp_avg"][0, 0] = float("inf")
     with pytest.raises(ValueError, match="infinite or no number"):
-        stage1_cam.save(tmp_path, model, optimizer, 2, {})
+        stage1_cam.save(tmp_path, model, optimizer, 2, 2, *end)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
 
 

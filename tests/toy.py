@@ -11,7 +11,7 @@ writes  runs/toy/data/toy<N> (VOC's layout), runs/toy/clip_*.pt, runs/toy/ablate
         table.txt, metrics.json and report.html; with --true-masks runs/toy/no_crf, true and
         true_no_crf too; with --small, small<N> for toy<N>
 cost    two quiet cores of an Intel Xeon with bfloat16: the chain 4 minutes, --true-masks 3.5 more,
-        --ablate XX; with --float32 the chain 8
+        --ablate 30; with --float32 the chain 8
 
 What is drawn, and the small CLIP that comes with it, is in `tests/toy_world.py`. Runs go on where
 they stopped, and a finished stage does nothing; to start afresh, remove runs/toy.
