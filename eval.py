@@ -539,7 +539,7 @@ def note_unteachable(data, labels, classifier=True):
         if not photos or classifier and (len(names) > 1 or len(photos) == len(labels)):
             note(f"{data.root}: {', '.join(names)}: in the same {len(photos)} of {len(labels)} "
                  "training photos, so a classifier has nothing to tell it from; add photos with "
-                 "and without it (with --method clip: those with it)")
+                 "and without it (for --method clip with it is enough)")
 
 
 # ============================================ files that appear whole, the record of a run, errors
