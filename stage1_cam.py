@@ -1196,7 +1196,7 @@ def log(folder, bar, step, optimizer, terms, machine):
     Raises ValueError where a loss is infinite or no number.
     AUDIT.md: (98).
     """
-    if step % LOG_EVERY or not machine.main:
+    if not machine.main or step % LOG_EVERY:
         return
     losses = {name: term.item() for name, term in terms.items()}
     total = sum(losses.values())
@@ -1216,7 +1216,7 @@ def save(folder, model, optimizer, step, iters, facts, machine, frozen=()):
     it not (a gradient overflows, a variance is zero), and a NaN never leaves the weights again:
     then ValueError, and nothing is written.
     """
-    if step % SAVE_EVERY and step < iters or not machine.main:
+    if not machine.main or (step % SAVE_EVERY and step < iters):
         return
     weights = {name: value for name, value in model.state_dict().items()
                if not name.startswith(frozen)}
