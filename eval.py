@@ -219,7 +219,7 @@ def for_each(function, items, text):
 
     Threads serve because decoding an image frees Python's lock.
     """
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(function, items)  # in the order of items, whichever ends first
         return list(tqdm(results, text, len(items), leave=False, disable=len(items) < 50))
 
