@@ -93,7 +93,7 @@ def test_records_and_logs_say_what_happened(chain):
         record = read_json(chain / stage / "args.json")
         assert record["options"]["iters"] == 2 and record["device"].startswith("1 x cpu")
         assert record["finished"] is True and {"train", "classes"} <= set(record["digests"])
-        line = (chain / stage / "log.jsonl").read_text().splitlines()[0]
+        line, = (chain / stage / "log.jsonl").read_text().splitlines()  # of the first iteration
         assert re.findall(r'"(\w+)":', line) == ["step", "lr", "loss", *names]
     frozen = [name for name in weights_of(chain / "2_weakclip") if name.startswith("clip.")]
     assert not frozen
