@@ -287,7 +287,7 @@ def read_image_labels(path):
     labels = {}
     for number, line in read_lines(path):
         image_id, *names = line.split(None, 1)
-        if not is_name(image_id) or re.search(r"[,;:]$|\.(jpe?g|png)$", image_id, re.IGNORECASE):
+        if not is_name(image_id) or image_id.lower().endswith((*PHOTO_ENDINGS, ",", ";", ":")):
             raise ValueError(f"{path}: line {number}: {image_id!r} is no id; wanted: id name, name")
         found = [name.strip() for text in names for name in text.split(",") if name.strip()]
         labels.setdefault(image_id, []).extend(found)
@@ -306,8 +306,6 @@ def annotated_objects(path):
     return [(found.findtext("name") or "").strip() for found in root.findall("object")]
 
 
-# What may stand behind a class's name: words, or nothing.
-SYNONYM_WORDS = r"(?:[^\W\d_][^:#,()\[\]{}]*(?:,\s*|$))*"
 # A thing that people know is no background, even where a dataset calls that by a name of its own.
 NO_BACKGROUND = {"ignore", "void", *VOC_CLASSES[1:], *COCO_SLOTS[1:]}
 
@@ -338,7 +336,7 @@ def read_classes(path):
             fault = "is no name; one a line is expected, without number, comma or semicolon"
         # What stands behind a name is words, which stage 1 puts into a sentence for CLIP; CVAT's
         # `cat:128,0,0::` has a colour there.
-        elif not re.fullmatch(SYNONYM_WORDS if names else "", text):
+        elif not re.fullmatch(r"(?:[^\W\d_][^:#,()\[\]{}]*(?:,\s*|$))*" if names else "", text):
             fault = f"has {text[:40]!r} behind it; synonyms, as words, may stand behind a class"
         if fault:
             raise ValueError(f"{path}: line {number}: {name[:80]!r} {fault}")
@@ -644,13 +642,15 @@ def start_run(folder, args, data, lists, digests, device, mask_options=()):
 
 
 def check_classes(data, folder):
-    """Raise ValueError where args.json says that a stage numbered other classes than the dataset's.
+    """True where args.json says that a stage numbered the dataset's classes, False without a word.
 
-    A number would mean another thing, and its score would look right.
+    Raises ValueError for other classes: a number would mean another thing, and its score would look
+    right.
     """
-    now = data.digests()["classes"]
-    if read_record(folder).get("digests", {}).get("classes", now) != now:
+    classes = read_record(folder).get("digests", {}).get("classes")
+    if classes not in (None, data.digests()["classes"]):
         raise ValueError(f"{folder}: made with other classes; start that stage afresh")
+    return classes is not None
 
 
 def is_finished(folder, files):

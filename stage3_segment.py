@@ -27,7 +27,7 @@ from PIL import Image
 from torch import nn
 
 from eval import (IGNORE, check_classes, check_inputs, dataset_name, files_digest, label_path,
-                  note, read_label, read_record, run, start_run)
+                  note, read_label, run, start_run)
 from stage1_cam import (IMAGENET_COLOURS, Machine, backbone_options, batches, common_options,
                         conv_layout, crop_or_pad, fix_batchnorm, load_trained, log, next_command,
                         normalise, open_run, parts, poly, random_window, read_checkpoint, resize,
@@ -224,8 +224,7 @@ def main():
         # Masks of our own stages lie in <stage>/masks/<split>, and the stage's args.json says which
         # classes they number. Of others nobody does: where they number them otherwise, most masks
         # have a class that the photo's labels lack.
-        check_classes(data, args.masks.parent.parent)
-        ours = read_record(args.masks.parent.parent)
+        ours = check_classes(data, args.masks.parent.parent)
         labels = {} if ours else data.known_labels(ids)
         check_inputs(data, ids, args.masks, labels, tolerated=0.5)
         # Photos that are only predicted need no mask.

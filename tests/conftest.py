@@ -88,8 +88,7 @@ class Planted:
         self.call = call
 
     def __reduce__(self):
-        function, *arguments = self.call
-        return function, tuple(arguments)
+        return self.call[0], self.call[1:]
 
 
 def last_line(said):

@@ -106,7 +106,7 @@ def rewrap(result, known):
 
 
 def by_hand(name):
-    """`compute` for one operation, as torch.library takes it.
+    """`compute` for one operation, as torch wants to be given it.
 
     Some of torch's C++ asks the device past every Python mode: for example where a list indexes a
     tensor, and the list is copied to the tensor's device first.
@@ -123,9 +123,9 @@ def main():
     """Run the scripts, each with the options that follow its name."""
     torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)
     torch.get_device_module(NAME).get_amp_supported_dtype = [torch.bfloat16].copy
-    library = torch.library.Library("aten", "IMPL")
+    aten = torch.library.Library("aten", "IMPL")
     for name in ("empty_strided", "empty.memory_format", "copy_", "_copy_from"):
-        library.impl(name, by_hand(name), "PrivateUse1")
+        aten.impl(name, by_hand(name), "PrivateUse1")
     save = torch.save
 
     def save_numbers(value, *rest):

@@ -11,7 +11,7 @@ import shutil
 import sys
 import urllib.error
 import zlib
-from operator import methodcaller
+from operator import attrgetter, methodcaller
 from pathlib import Path
 
 import numpy as np
@@ -126,9 +126,7 @@ def convert(mode):
     return methodcaller("convert", mode)
 
 
-def small(picture):
-    """A corner of a picture."""
-    return picture.crop((0, 0, 9, 7))
+small = methodcaller("crop", (0, 0, 9, 7))  # a corner of a picture
 
 
 def deep(picture):
@@ -139,6 +137,12 @@ def deep(picture):
 def grey(picture):
     """An indexed picture's numbers, as grey values."""
     return Image.fromarray(np.array(picture))
+
+
+def numbered_by_others(folder):
+    """A change: other numbers, by a program whose args.json says nothing of classes."""
+    write("../args.json", '{"lr": 0.1}')(folder)
+    numbered([0, 2, 3, 1], "seeds")(folder)
 
 
 def grey_of_2_bits(folder):
@@ -171,20 +175,11 @@ def hugging_face(folder):
 
 # ================================================================================ what is read
 
-def ids(folder):
-    return find_dataset(folder).ids("train")
+ids, classes, texts = methodcaller("ids", "train"), attrgetter("classes"), attrgetter("texts")
 
 
-def labels(folder):
-    return find_dataset(folder).image_labels(["train_0"])["train_0"]
-
-
-def classes(folder):
-    return find_dataset(folder).classes
-
-
-def texts(folder):
-    return find_dataset(folder).texts
+def labels(data):
+    return data.image_labels(["train_0"])["train_0"]
 
 
 NO, SAID, READ = "refused", "said", "read"
@@ -202,6 +197,7 @@ CASES = [  # (name, how the folder differs, the command or what reads it, what i
     ("no dataset", same, "eval.py --check --data {0}/x", NO, "/x: no folder with JPEGImages/"),
     ("list", same, ids, READ, IDS),
     ("marked list", listed("\ufeff" + "\r\n".join(IDS)), ids, READ, IDS),
+    ("photos' names", listed("\n".join(f"{i}.JPG" for i in IDS)), ids, READ, IDS),
     ("pairs", listed(PAIRS), ids, READ, IDS),
     ("pairs of Windows", listed(PAIRS.replace("/", "\\")), ids, READ, IDS),
     ("twice", listed("a\nb\n\na.jpg\n"), CHECK, NO, "train.txt: line 4: 'a.jpg' stands twice"),
@@ -225,6 +221,7 @@ CASES = [  # (name, how the folder differs, the command or what reads it, what i
     ("two backgrounds", named("background", "Background"), CHECK, NO, "line 2: 'Background'"),
     ("words for none", named("background: snow", "cat"), CHECK, NO, "has 'snow' behind it; syn"),
     ("CVAT's", named("background", "cat:128,0,0::"), CLIP, NO, "line 2: 'cat' has '128,0,0::'"),
+    ("numbers before", named("0 background", "1 cat"), CHECK, NO, "classes.txt: line 1: '0 back"),
     ("class twice", named("background", "cat", "Cat"), CHECK, NO, "line 3: 'Cat' stands twice"),
     ("all in a line", named("background, cat, dog"), CHECK, NO, "classes.txt: line 1: 'background"),
     ("one class", named("background"), CHECK, NO, "classes.txt: 1 names; 2 to 255 are expected"),
@@ -251,6 +248,7 @@ CASES = [  # (name, how the folder differs, the command or what reads it, what i
      "so a classifier has nothing to tell it from"),
     # photos
     ("masks too", endings(".PNG", "JPEGImages", "SegmentationClass"), CHECK, SAID, PASSED),
+    ("printer's photo", drawn(PHOTO, convert("CMYK")), CHECK, SAID, PASSED),
     ("two views in one", drawn(PHOTO, same, format="MPO", save_all=True,
                                append_images=[Image.new("RGB", (9, 9))]), CHECK, SAID, PASSED),
     ("two of an id", write("JPEGImages/train_0.png", b"x"), CHECK, NO, "train_0.png is beside it"),
@@ -266,6 +264,7 @@ CASES = [  # (name, how the folder differs, the command or what reads it, what i
     ("grey of 2 bits", grey_of_2_bits, CHECK, NO, "train_0.png: mode L; a label PNG is indexed"),
     ("grey of 16 bits", drawn(MASK, deep), CHECK, NO, "train_0.png: mode I;16; a label PNG is"),
     ("colours", drawn(MASK, convert("RGB")), CHECK, NO, "train_0.png: mode RGB; a label PNG is"),
+    ("JPEG mask", drawn(MASK, grey, format="JPEG"), CHECK, NO, "train_0.png: not a readable PNG"),
     ("other palette", drawn(MASK, methodcaller("remap_palette", [1, 2, 0])), CHECK, NO,
      "train_0.png: VOC's colours in another order, whose numbers are no classes"),
     ("other size", drawn(MASK, small), CHECK, NO, "SegmentationClass/train_0.png: 9x7 pixels, its"),
@@ -279,10 +278,11 @@ CASES = [  # (name, how the folder differs, the command or what reads it, what i
     ("other numbers", numbered([0, 2, 3, 1]), CHECK, NO, "in classes.txt, or mend that or the"),
     ("one other number", edit(LABELS, "train_1 dog", "train_1 cat"), CHECK, NO, "number 2 is dog"),
     ("other seeds", numbered([0, 2, 3, 1], "seeds"), STAGE2, NO, "the labels of the image say cat"),
-    ("other masks", numbered([0, 2, 3, 1], "seeds"), STAGE3, NO, "the labels of the image say cat"),
+    ("other masks", numbered_by_others, STAGE3, NO, "the labels of the image say cat"),
     ("label more", edit(LABELS, "train_1 dog", "train_1 cat, dog"), CHECK, SAID, PASSED),
     ("missing seed", move(SEED, "x"), STAGE2, NO, "seeds/train_0.png and 0 more are missing; run"),
     # weights
+    ("page", write("w.pth", PAGE), STAGE1 + " --weights {0}/w.pth", NO, "w.pth: not a readable"),
     ("other net", resnet, STAGE1 + " --weights {0}/w.pth --arch resnet50", NO, "w.pth: "),
     ("without fc", resnet, STAGE1 + " --weights {0}/w.pth", SAID, "Next: "),
     ("HuggingFace's CLIP", hugging_face, CLIP, NO, "wanted is OpenAI's ViT-B-16.pt or its"),
@@ -334,7 +334,7 @@ def refused(said, command, right):
 def test_inputs(folder, said, change, command, outcome, right):
     change(folder)
     if outcome == READ:
-        assert command(folder) == right
+        assert command(find_dataset(folder)) == right
     elif outcome == NO:
         refused(said, command, right)
         assert not (folder / "runs").exists()

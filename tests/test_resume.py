@@ -308,16 +308,15 @@ def test_other_mask_options_rewrite_the_masks_alone(copy, monkeypatch):
 
 def test_masks_of_other_classes_are_neither_learned_from_nor_scored(copy, capsys, call):
     """They are ours, and so not compared with image labels; their stage's record says it."""
-    masks = copy / "whole" / "drawn" / "2_weakclip" / "masks" / "train"
     classes = copy / "drawn" / "classes.txt"
     names = classes.read_text().split("\n")
     write_text(classes, "\n".join([names[0], names[2], names[1], *names[3:]]))
-    line = refused("3_segment", copy, "again", "--masks", masks, capsys=capsys)
-    assert "2_weakclip: made with other classes" in line
+    for stage, option, place in (("2_weakclip", "--seeds", "1_cam/seeds"),
+                                 ("3_segment", "--masks", "2_weakclip/masks/train")):
+        source = copy / "whole/drawn" / place
+        line = refused(stage, copy, "again", option, source, capsys=capsys)
+        assert f"{place.partition('/')[0]}: made with other classes" in line
     line = call("eval.py", "--data", copy / "drawn", "--runs", copy / "whole", ok=False)
-    assert "1_cam: made with other classes" in line
-    seeds = copy / "whole" / "drawn" / "1_cam" / "seeds"
-    line = refused("2_weakclip", copy, "again", "--seeds", seeds, capsys=capsys)
     assert "1_cam: made with other classes" in line
 
 
