@@ -29,7 +29,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from html import escape
@@ -39,6 +38,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 # "Unsure". In true masks (VOC's border around objects) it is not scored; in a predicted mask it is
 # a miss; in seeds it is skipped by the seeding and the score loss, not by the boundary loss.
@@ -48,7 +48,7 @@ VOC_CLASSES = tuple("""
     motorbike person pottedplant sheep sofa train tvmonitor""".split())
 # COCO numbers its categories 1 to 90 and leaves ten of the numbers unused. The released code has
 # an output for each of the 91 slots; our COCO has the 81 names that occur, without gaps (32).
-COCO_SLOTS = tuple(" ".join("""
+COCO_SLOTS = tuple(re.split(r",\s+", """
     background, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
     fire hydrant, street sign, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow,
     elephant, bear, zebra, giraffe, hat, backpack, umbrella, shoe, eye glasses, handbag, tie,
@@ -57,7 +57,7 @@ COCO_SLOTS = tuple(" ".join("""
     banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch,
     potted plant, bed, mirror, dining table, window, desk, toilet, door, tv, laptop, mouse, remote,
     keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, blender, book, clock, vase,
-    scissors, teddy bear, hair drier, toothbrush""".split()).split(", "))
+    scissors, teddy bear, hair drier, toothbrush""".strip()))
 COCO_UNUSED = "street sign, hat, shoe, eye glasses, plate, mirror, window, desk, door, blender"
 # AUDIT.md: (32d).
 COCO_CLASSES = tuple(name for name in COCO_SLOTS if name not in COCO_UNUSED.split(", "))
@@ -76,8 +76,7 @@ COCO_CLASSES = tuple(name for name in COCO_SLOTS if name not in COCO_UNUSED.spli
 # found by that id in other folders. A class is known by its number, and everything depends on
 # both being read alike by every stage: hence one reader for each kind of file, here.
 
-PHOTO_ENDINGS = (".jpg", ".jpeg", ".png")
-TRUTH_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
 
 @dataclass
@@ -107,7 +106,7 @@ class Dataset:
 
     def splits(self):
         """The names of all lists."""
-        folder = self.list_path("train").parent
+        folder = self.root / "ImageSets/Segmentation"
         return sorted(path.stem for path in folder.glob("*.txt") if is_name(path.stem))
 
     def training_split(self):
@@ -123,9 +122,8 @@ class Dataset:
     def image_path(self, image_id):
         """The photo of an id; ValueError where there is none, or more than one."""
         path = find_file(self.root / "JPEGImages", image_id, PHOTO_ENDINGS)
-        if path is None:
-            raise ValueError(f"{self.root}/JPEGImages/{image_id}.jpg: no such image (nor .jpeg, "
-                             ".png); add it")
+        if not path.is_file():
+            raise ValueError(f"{path}: no such image (nor .jpeg, .png); add it")
         return path
 
     def image(self, image_id):
@@ -137,8 +135,11 @@ class Dataset:
 
         AUDIT.md: (90).
         """
-        own, coarse = [find_file(self.root / f, image_id, (".png",)) for f in TRUTH_FOLDERS]
-        return own or coarse
+        for folder in ("SegmentationClass", "SegmentationClassAug"):
+            path = find_file(self.root / folder, image_id)
+            if path.is_file():
+                return path
+        return None
 
     def known_labels(self, ids):
         """{id: sorted class numbers from 1} for those of `ids` that have image-level labels.
@@ -156,7 +157,7 @@ class Dataset:
         for image_id in ids:
             if image_id in names:
                 # A photo with nothing in it may say so: background is no label, and adds none.
-                found = {name for name in names[image_id] if not is_background(name)}
+                found = {name for name in names[image_id] if undecorated(name) != "background"}
                 strangers = found.difference(self.classes)
                 if strangers:
                     raise ValueError(f"{path if path.is_file() else files[image_id]}: {image_id}: "
@@ -179,7 +180,7 @@ class Dataset:
 
     def digests(self, *splits, **texts):
         """{name: sha256} of lists, classes and further texts: they tell datasets apart."""
-        for split in filter(self.has, splits):
+        for split in splits:
             texts[split] = "\n".join(self.ids(split))
         texts["classes"] = "\n".join(self.classes)
         return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
@@ -198,9 +199,11 @@ def find_dataset(name):
 
     Raises ValueError where there is none, and for a classes.txt that is no list of names.
     """
-    places = [Path(place, name) for place in ("", "data", "data/VOCdevkit")]
-    root = next((place for place in places if (place / "JPEGImages").is_dir()), None)
-    if root is None:
+    for place in ("", "data", "data/VOCdevkit"):
+        root = Path(place, name)
+        if (root / "JPEGImages").is_dir():
+            break
+    else:  # in none of them
         raise ValueError(f"--data {name}: no folder with JPEGImages/ here, in data/ or in "
                          "data/VOCdevkit/; eval.py --data VOC2012 --download brings VOC")
     name = dataset_name(root)
@@ -215,13 +218,12 @@ def find_dataset(name):
 
 
 def for_each(function, items, text):
-    """[function(item) for item in items], in threads, under a progress bar called `text`.
+    """[function(item) for item in items], in threads; from 1 s on with a progress bar, `text`.
 
     Threads serve because decoding an image frees Python's lock.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(function, items)  # in the order of items, whichever ends first
-        return list(tqdm(results, text, len(items), leave=False, disable=len(items) < 50))
+    return thread_map(function, items, max_workers=os.cpu_count(), desc=text, leave=False,
+                      delay=1)  # results in the order of items, whichever ends first
 
 
 # ------------------------------------------------------------------------ names, lists, labels
@@ -231,22 +233,17 @@ def is_name(text):
     return text.isprintable() and not re.search(r"[/\\ ]|^\.|^$|.{201}", text)
 
 
-def find_file(folder, image_id, endings):
-    """The file of an id in a folder, its ending in lower or upper case; None without one.
+def find_file(folder, image_id, endings=(".png", ".PNG")):
+    """The file of an id in a folder, or, with the first of the endings, where it would be.
 
-    Raises ValueError where two files could be meant.
+    Without `endings` that of a label PNG. Raises ValueError where two files could be meant.
     """
-    paths = [folder / (image_id + e) for ending in endings for e in (ending, ending.upper())]
+    paths = [folder / (image_id + ending) for ending in endings]
     found = [path for path in paths if path.is_file()]
     # Where the file system ignores case, x.jpg and x.JPG are one file.
     if len(found) > 1 and not found[0].samefile(found[1]):
         raise ValueError(f"{found[0]}: {found[1].name} is beside it; remove one")
-    return found[0] if found else None
-
-
-def label_path(folder, image_id):
-    """The label PNG of an id in a folder, or where it would be."""
-    return find_file(folder, image_id, (".png",)) or folder / f"{image_id}.png"
+    return found[0] if found else paths[0]
 
 
 def read_lines(path):
@@ -255,7 +252,7 @@ def read_lines(path):
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8; save it as UTF-8") from None
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1)]
+    lines = enumerate(map(str.strip, text.splitlines()), start=1)
     return [(number, line) for number, line in lines if line]
 
 
@@ -267,8 +264,8 @@ def read_list(path):
     """
     ids = {}
     for number, line in read_lines(path):
-        photo = re.match(r"(?:\S*[/\\])?([^\s/\\]+)\.(?:jpe?g|png)(?:\s|$)", line, re.IGNORECASE)
-        image_id = photo[1] if photo else line
+        # Of a photo's path its name without the ending is left.
+        image_id = re.sub(r"(?i)^(?:\S*[/\\])?([^\s/\\]+)\.(?:jpe?g|png)(?:\s.*)?$", r"\1", line)
         # Twice in a list, an epoch would show it twice, and a mean would count it twice.
         if not is_name(image_id) or image_id in ids:
             fault = "stands twice" if image_id in ids else "is no image id (white space, a folder?)"
@@ -286,11 +283,11 @@ def read_image_labels(path):
     """
     labels = {}
     for number, line in read_lines(path):
-        image_id, *names = line.split(None, 1)
+        image_id = line.split()[0]
         if not is_name(image_id) or image_id.lower().endswith((*PHOTO_ENDINGS, ",", ";", ":")):
             raise ValueError(f"{path}: line {number}: {image_id!r} is no id; wanted: id name, name")
-        found = [name.strip() for text in names for name in text.split(",") if name.strip()]
-        labels.setdefault(image_id, []).extend(found)
+        names = map(str.strip, line[len(image_id):].split(","))
+        labels.setdefault(image_id, []).extend(filter(None, names))  # an empty one is no name
     return labels
 
 
@@ -300,19 +297,19 @@ def annotated_objects(path):
     Parts of an object (head, hand) have names as well; they stand one level deeper.
     """
     try:
-        root = ElementTree.parse(path).getroot()
+        objects = ElementTree.parse(path).findall("object")
     except (ElementTree.ParseError, LookupError, ValueError):
         raise ValueError(f"{path}: not readable; save it as XML in UTF-8") from None
-    return [(found.findtext("name") or "").strip() for found in root.findall("object")]
+    return [found.findtext("name", "").strip() for found in objects]
 
 
 # A thing that people know is no background, even where a dataset calls that by a name of its own.
 NO_BACKGROUND = {"ignore", "void", *VOC_CLASSES[1:], *COCO_SLOTS[1:]}
 
 
-def is_background(name):
-    """True for background's name, however it is decorated: `_background_` is labelme's."""
-    return name.strip("_ ").lower() == "background"
+def undecorated(name):
+    """A class's name as plain as it can be: `_background_`, which is labelme's, is background."""
+    return name.strip("_ ").lower()
 
 
 def read_classes(path):
@@ -325,10 +322,11 @@ def read_classes(path):
     """
     names, texts = [], {}
     for number, line in read_lines(path):
-        name, _, text = (part.strip() for part in line.partition(":"))
+        name, _, text = map(str.strip, line.partition(":"))
         fault = ""
         # In the first line a thing is out of place, in all others the background is.
-        if is_background(name) if names else name.strip("_ ").lower() in NO_BACKGROUND:
+        misplaced = {"background"} if names else NO_BACKGROUND
+        if undecorated(name) in misplaced:
             fault = "stands where background is expected: in the first line, and there alone"
         elif name.lower() in map(str.lower, names):
             fault = "stands twice; different class names are expected"
@@ -345,7 +343,7 @@ def read_classes(path):
             texts[name] = text
     if not 2 <= len(names) <= IGNORE:
         raise ValueError(f"{path}: {len(names)} names; 2 to {IGNORE} are expected, one a line")
-    if not is_background(names[0]):
+    if undecorated(names[0]) != "background":
         note(f"{path}: line 1: {names[0]!r} is the background, number 0")
     return ("background", *names[1:]), texts
 
@@ -388,11 +386,10 @@ def colour_map():
     top bit down. So 5 (bottle), 101 in binary, has bit 0 in red and bit 2 in blue: (128, 0, 128).
     Near numbers get far colours, and nobody has to keep a table.
     """
-    number = np.arange(256)[:, None]                                     # (256, 1)
-    palette = np.zeros((256, 3), int)
-    for bit in range(8):
-        palette |= (number >> (3 * bit + np.arange(3)) & 1) << (7 - bit)
-    return palette.astype(np.uint8)
+    number = np.arange(256, dtype=np.uint8)[:, None]                     # (256, 1)
+    # From the lowest bit up; a ninth, 0, makes them three times three.
+    bits = np.unpackbits(number, axis=1, count=9, bitorder="little")     # (256, 9)
+    return np.packbits(bits.reshape(256, 3, 3), axis=1)[:, 0]            # (256, 3)
 
 
 def read_label(path, classes=256, size=None):
@@ -416,11 +413,12 @@ def read_label(path, classes=256, size=None):
                          f"0..{classes - 1} and {IGNORE}")
     # A picture of VOC's colours that was reduced to a palette has them in any order, and its
     # numbers are places in that. Colours other than VOC's say nothing.
-    palette = picture.getpalette() or []
-    if picture.mode == "P" and len(palette) // 3 > used.max():
+    palette = picture.getpalette() or []                                      # grey has none
+    if len(palette) // 3 > used.max():
         colours = np.array(palette, np.uint8).reshape(-1, 3)[used]            # (n, 3)
-        same = (colours[:, None] == colour_map()[None]).all(2)                # (n, 256)
-        if same.any(1).all() and not same[np.arange(len(used)), used].all():
+        same = (colours[:, None] == colour_map()).all(2)                      # (n, 256)
+        meant = same.argmax(1)                                                # (n,) VOC's numbers
+        if same.any(1).all() and (meant != used).any():
             raise ValueError(f"{path}: VOC's colours in another order, whose numbers are no "
                              "classes; save class numbers")
     if size not in (None, label.shape):
@@ -455,18 +453,18 @@ TOLERATED = 0.01
 
 
 def check_inputs(data, ids, label_folder=None, image_labels=None, tolerated=TOLERATED):
-    """Decode every photo and its label PNG, and compare its classes. Raises ValueError.
+    """Decode every photo and its label PNG, and compare its classes; returns how many PNGs.
 
     label_folder: of seeds or masks, one for each id. image_labels: {id: class numbers}, of all
     or some ids; with them alone, the true masks are compared where there are any. tolerated:
-    share of label PNGs that may hold a class which their image does not have.
+    share of label PNGs that may hold a class which their image does not have. Raises ValueError.
 
     Stages call this before they build a network: a broken file would else be met at a random
     iteration, hours into a run, and a wrong class number never.
     """
     if label_folder is not None:
-        pngs = {image_id: label_path(label_folder, image_id) for image_id in ids}
-        missing = [str(path) for path in pngs.values() if not path.is_file()]
+        pngs = {image_id: find_file(label_folder, image_id) for image_id in ids}
+        missing = [path for path in pngs.values() if not path.is_file()]
         if missing:
             raise ValueError(f"{missing[0]} and {len(missing) - 1} more are missing; run the stage "
                              "before on the same list")
@@ -478,36 +476,39 @@ def check_inputs(data, ids, label_folder=None, image_labels=None, tolerated=TOLE
     def check(image_id):
         size = data.image(image_id).shape[:2]
         path = pngs.get(image_id)
-        return path and set(np.unique(read_label(path, len(data.classes), size)).tolist())
+        return path and set(np.unique(read_label(path, len(data.classes), size)))
     checked = zip(ids, for_each(check, ids, "checking inputs"))
-    held = {image_id: numbers for image_id, numbers in checked if numbers}
-    folder = label_folder or data.root / TRUTH_FOLDERS[0]
-    compare_classes(data, folder, held, image_labels or {}, tolerated)
+    held = {pngs[image_id]: numbers for image_id, numbers in checked if numbers}
+    compare_classes(data, held, image_labels or {}, tolerated)
+    return len(held)
 
 
-def compare_classes(data, folder, held, image_labels, tolerated):
+def compare_classes(data, held, image_labels, tolerated):
     """The numbers in label PNGs against image-level labels. Raises ValueError where they differ.
 
-    held: {id: set of the numbers in its PNG}. A number in a PNG is trusted by all that comes
-    after, and another tool's numbering looks like ours: that the classes are those of the photo
-    is all that can tell. A PNG may lack a class (seeds do, and true masks lack some of the
-    objects that VOC calls difficult); it may not have one that the photo does not.
+    held: {path of a PNG: set of the numbers in it}; image_labels: {id: class numbers}. A number
+    in a PNG is trusted by all that comes after, and another tool's numbering looks like ours: that
+    the classes are those of the photo is all that can tell. A PNG may lack a class (seeds do, and
+    true masks lack some of the objects that VOC calls difficult); it may not have one that the
+    photo does not.
     """
-    objects = {image_id: numbers - {0, IGNORE} for image_id, numbers in held.items()}
-    # Whose photo shows a class. Where labels are unknown it may show one, so it counts ([0]).
-    expected = [image_id for image_id in held if image_labels.get(image_id, [0])]
+    # Where labels are unknown, the photo may show any class.
+    every = range(1, len(data.classes))
+    shown = {path: image_labels.get(path.stem, every) for path in held}
     # One mask of 0 and 255 is nothing odd, VOC has some; a whole folder of them is.
-    if len(expected) > 1 and not any(objects.values()):
-        raise ValueError(f"{folder}: {len(held)} label PNGs and no class in any; {IGNORE} is "
-                         "unsure here, an object's pixels hold its class number")
-    wrong = [image_id for image_id, numbers in objects.items()
-             if not numbers <= set(image_labels.get(image_id, numbers))]
+    expected = [path for path in held if shown[path]]
+    if len(expected) > 1 and set().union(*held.values()) <= {0, IGNORE}:
+        raise ValueError(f"{expected[0].parent}: {len(held)} label PNGs and no class in any; "
+                         f"{IGNORE} is unsure here, an object's pixels hold its class number")
+    extra = {path: numbers.difference(shown[path], {0, IGNORE}) for path, numbers in held.items()}
+    wrong = [path for path in held if extra[path]]
     if not wrong:
         return
-    extra = min(objects[wrong[0]] - set(image_labels[wrong[0]]))
-    names = [data.classes[k] for k in image_labels[wrong[0]]]
-    told = (f"{folder}/{wrong[0]}.png: number {extra} is {data.classes[extra]}, and the labels of "
-            f"the image say {', '.join(names) or 'no class'}; so in {len(wrong)} of {len(held)}")
+    first = wrong[0]
+    number = min(extra[first])
+    names = [data.classes[k] for k in shown[first]]
+    told = (f"{first}: number {number} is {data.classes[number]}, and the labels of the image say "
+            f"{', '.join(names) or 'no class'}; so in {len(wrong)} of {len(held)}")
     if len(wrong) > tolerated * len(held):
         raise ValueError(f"{told}; number them as in classes.txt, or mend that or the labels")
     note(told)
@@ -566,7 +567,7 @@ def write_whole(path, write):
             write(f)
             f.flush()
             os.fsync(f.fileno())  # a rename may reach the disk before what it renames
-        os.replace(part, path)    # atomic on one file system
+        part.replace(path)        # atomic on one file system
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
@@ -767,15 +768,14 @@ def prepare(name):
         if names != {COCO_SLOTS.index(name): name for name in COCO_CLASSES[1:]}:
             raise ValueError(f"{root}/annotations: its {len(names)} categories are not COCO's 80")
         # Photos without objects are left out, as papers do: they have no label to learn from.
-        numbers = [number for number in sorted(coco.imgs) if coco.imgToAnns[number]]
         lines[split] = [prepare_photo(root, f"{split}2014", coco, number)
-                        for number in tqdm(numbers, split)]
+                        for number in tqdm(sorted(coco.imgToAnns), split)]
     write_text(root / "classes.txt", "\n".join(COCO_CLASSES) + "\n")
     write_text(root / "image_labels.txt", "".join(lines["train"] + lines["val"]))
     # The lists come last: where they are, a stage takes the dataset for finished.
     for split, text in lines.items():
         ids = [line.split()[0] for line in text]
-        write_text(find_dataset(root).list_path(split), "\n".join(ids) + "\n")
+        write_text(root / f"ImageSets/Segmentation/{split}.txt", "\n".join(ids) + "\n")
 
 
 def prepare_photo(root, folder, coco, number):
@@ -786,7 +786,6 @@ def prepare_photo(root, folder, coco, number):
     AUDIT.md: (93).
     """
     image, objects = coco.imgs[number], coco.imgToAnns[number]
-    classes = [COCO_CLASSES.index(COCO_SLOTS[found["category_id"]]) for found in objects]
     photo = root / "JPEGImages" / Path(image["file_name"]).name  # of a path only its end
     photo.parent.mkdir(exist_ok=True)
     if not photo.is_symlink():  # a relative one, so that the dataset may be moved
@@ -794,10 +793,12 @@ def prepare_photo(root, folder, coco, number):
     mask = root / f"SegmentationClass/{photo.stem}.png"
     if not mask.is_file():
         label = np.zeros((image["height"], image["width"]), np.uint8)
-        for k, found in zip(reversed(classes), reversed(objects)):  # the first is painted last
-            label[coco.annToMask(found) > 0] = k
+        for found in reversed(objects):  # the first is painted last
+            name = COCO_SLOTS[found["category_id"]]
+            label[coco.annToMask(found) > 0] = COCO_CLASSES.index(name)
         write_label(mask, label)
-    return f"{photo.stem} {', '.join(COCO_CLASSES[k] for k in sorted(set(classes)))}\n"
+    slots = sorted({found["category_id"] for found in objects})
+    return f"{photo.stem} {', '.join(COCO_SLOTS[slot] for slot in slots)}\n"
 
 
 # ======================================================================================= scores
@@ -823,16 +824,17 @@ def prepare_photo(root, folder, coco, number):
 def confusion(truth, prediction, K):
     """Pixel counts (K, K + 1): row = true class, column = predicted class, the last "unsure".
 
-    truth, prediction (H, W) uint8. Pixels whose truth is 255 are not scored.
+    truth, prediction (H, W) uint8, below K or 255. Pixels whose truth is 255 are not scored.
     AUDIT.md: (89).
     """
-    scored = truth != IGNORE                                             # (H, W) bool
     # "Unsure" (255) gets a column of its own. Were such pixels left out instead, a mask could
     # gain by answering only where it is certain; so an unsure pixel is a miss for its class.
-    row = truth[scored].astype(np.int64)                                 # (n,)
-    column = np.minimum(prediction[scored].astype(np.int64), K)          # (n,)
-    # Each pair (row, column) is one number, and one count over all pixels is the whole matrix.
-    return np.bincount(row * (K + 1) + column, minlength=K * (K + 1)).reshape(K, K + 1)
+    column = np.minimum(prediction, K)                                   # (H, W)
+    # Each pair (row, column) is one number, and one count over all pixels is the whole matrix. It
+    # has a row for every byte; those of the classes are kept, and row 255 is not.
+    pair = truth.astype(np.int64) * (K + 1) + column                     # (H, W)
+    counts = np.bincount(pair.ravel(), minlength=256 * (K + 1))
+    return counts.reshape(256, K + 1)[:K]
 
 
 def scores(matrix):
@@ -851,46 +853,44 @@ def scores(matrix):
     # Pixel accuracy is dominated by background and large things; the mean over classes is not.
     accuracy = 100 * hit.sum() / max(1, matrix.sum())
     miou = np.nanmean(iou) if union.any() else 0
-    return {"miou": float(miou), "pixel_accuracy": float(accuracy), "iou": iou}
+    return {"miou": miou, "pixel_accuracy": accuracy, "iou": iou}
 
 
 def score_folder(data, folder, split, limit=None):
     """Score the label PNGs in `folder` on the ids of `split` that have both a mask and a truth.
 
-    Returns {"split", "n", "of", "truth", and what `scores` gives, "iou" by name}, or None where
-    nothing can be scored. n of `of`: a good score on few images must be seen to be one.
-    Raises ValueError.
+    Returns {"stage", "split", "n", "of", "truth", what `scores` gives, "iou" by name, and the
+    names in PROVENANCE, which a folder cannot tell: None}, or None where nothing can be scored.
+    n of `of`: a good score on few images must be seen to be one. Raises ValueError.
     """
     # Images without a mask are left out and not held against the folder: a stage may be half
     # done, and "n of N" says so.
     K, ids = len(data.classes), data.ids(split, limit)
-    both = [i for i in ids if label_path(folder, i).is_file() and data.truth_path(i)]
+    both = [i for i in ids if find_file(folder, i).is_file() and data.truth_path(i)]
     if not both:
         return None
 
     def count(image_id):
         # Both are held against the photo, so that the one that does not fit is the one named.
-        with Image.open(data.image_path(image_id)) as photo:
-            turned = photo.getexif().get(0x0112, 1) > 4  # EXIF's orientation, by a quarter
-            size = photo.size if turned else photo.size[::-1]
+        size = data.image(image_id).shape[:2]
         truth = read_label(data.truth_path(image_id), K, size)
-        return confusion(truth, read_label(label_path(folder, image_id), K, size), K)
+        return confusion(truth, read_label(find_file(folder, image_id), K, size), K)
     # One matrix for the whole dataset, as VOC and the papers have it: pixels are counted over all
     # images first and divided once. A mean of per-image IoUs would be another number, in which a
     # class of ten pixels in one photo weighs as much as the same class filling another.
-    matrix, held = np.zeros((K, K + 1), np.int64), {}
-    for image_id, counts in zip(both, for_each(count, both, f"scoring {folder}")):
-        matrix += counts
-        held[image_id] = set(np.flatnonzero(counts.any(1)).tolist())
-    truths = sorted({data.truth_path(i).parent.name for i in both})
-    compare_classes(data, data.root / truths[0], held, data.known_labels(both), TOLERATED)
+    counts = for_each(count, both, f"scoring {folder}")                  # of (K, K + 1) each
+    matrix = sum(counts)
+    held = {data.truth_path(i): set(np.flatnonzero(m.any(1))) for i, m in zip(both, counts)}
+    compare_classes(data, held, data.known_labels(both), TOLERATED)
     if len(both) > 1 and matrix[:, K].any() and not matrix[:, 1:K].any():
         raise ValueError(f"{folder}: masks with no class in any, but {IGNORE}, which is unsure; "
                          "an object's pixels hold its class number, from 1 on")
     found = scores(matrix)
     found["iou"] = {name: None if np.isnan(value) else round(float(value), 3)
                     for name, value in zip(data.classes, found["iou"])}  # JSON has no NaN
-    return {"split": split, "n": len(both), "of": len(ids), "truth": "+".join(truths), **found}
+    return {"stage": folder.name, "split": split, "n": len(both), "of": len(ids),
+            "truth": "+".join(sorted({path.parent.name for path in held})),
+            **found, **dict.fromkeys(PROVENANCE)}
 
 
 # ------------------------------------------------------------ provenance: how a mask came to be
@@ -905,7 +905,7 @@ PROVENANCE = ("scales", "flip", "crf", "label_filter", "iters", "learned_from")
 def score_runs(data, folder):
     """Rows for all that the stages left in runs/<dataset>, and any <name>/masks/<split>/ there.
 
-    A row is what `score_folder` gives, with "stage" and the names in PROVENANCE. Any method's
+    A row is what `score_folder` gives, with what the stage's record tells of it. Any method's
     masks, put beside ours, are scored by the same lines of code, which makes comparisons fair.
     """
     rows = []
@@ -920,24 +920,24 @@ def score_runs(data, folder):
             # Papers report VOC's own 1,464 training images, which are among trainaug's 10,582.
             splits.append("train")
         for split in splits:
-            known = split and is_name(split) and data.has(split)  # others are left out
+            known = split in data.splits()  # others are left out
             row = score_folder(data, masks, split, options.get("limit")) if known else None
             if row:
-                facts = {name: record.get("provenance", {}).get(name) for name in PROVENANCE}
+                row["stage"] = stage.relative_to(folder).as_posix()
+                row.update(record.get("provenance", {}))
                 # Image-level labels are given for training images alone: val is never filtered.
-                facts["label_filter"] = bool(facts["label_filter"]) and splits[0] == training
+                row["label_filter"] = bool(row["label_filter"]) and splits[0] == training
                 # With --checkpoint nothing was learned here. SegmentationClass: true masks.
                 learned = options.get("masks", options.get("seeds"))
-                facts["learned_from"] = options.get("checkpoint") or learned
-                rows.append({"stage": stage.relative_to(folder).as_posix(), **row, **facts})
+                row["learned_from"] = options.get("checkpoint") or learned
+                rows.append(row)
     return rows
 
 
 def describe_provenance(row):
     """Where the numbers of a row come from, in words."""
-    facts = [name for name in ("flip", "crf", "label_filter") if row[name]]
-    facts += [f"{name} {row[name]}" for name in ("iters", "scales", "learned_from") if row[name]]
-    return ", ".join([*facts, f"truth {row['truth']}"])
+    facts = {name: row[name] for name in (*PROVENANCE, "truth") if row[name]}
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in facts.items())
 
 
 def print_rows(rows):
@@ -956,7 +956,8 @@ PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>WeakCLIP on {title}</title><style>
 body {{ font: 1rem/1.5 sans-serif; color-scheme: light dark }} img, svg {{ width: 100% }}
 figure {{ display: inline-block; margin: .2rem; width: 11rem; vertical-align: top }}
-table {{ display: block; overflow-x: auto }} polyline {{ fill: none; stroke: #3f7fd6 }}
+table {{ display: block; overflow-x: auto }} svg {{ height: 4rem; overflow: visible }}
+polyline {{ fill: none; stroke: #3f7fd6; vector-effect: non-scaling-stroke }}
 td {{ padding-right: 1rem }}</style></head><body><h1>WeakCLIP on {title}</h1>{body}</body></html>
 """
 
@@ -968,9 +969,9 @@ def overlay(photo, label, classes, side=800):
     colour the photo is grey: red under blue would be violet, another class's colour.
     """
     grey = photo.mean(2, keepdims=True)                                  # (H, W, 1)
-    mixed = np.where(label[:, :, None] > 0, grey / 2 + colour_map()[label] / 2, photo)
+    mixed = np.where(label[..., None] > 0, grey / 2 + colour_map()[label] / 2, photo)
     sheet = ImageOps.contain(Image.fromarray(np.uint8(mixed)), (side, side))
-    for k in np.unique(label[(label > 0) & (label != IGNORE)]):
+    for k in np.setdiff1d(label, (0, IGNORE)):  # the classes in it
         row, column = np.argwhere(label == k).mean(0) * sheet.width / label.shape[1]
         ImageDraw.Draw(sheet).text((column, row), classes[k], (255, 255, 255), anchor="mm",
                                    stroke_width=2, stroke_fill=(0, 0, 0), font_size=side / 25)
@@ -980,34 +981,35 @@ def overlay(photo, label, classes, side=800):
 def light(photo, cam):
     """The photo (H, W, 3) uint8, bright where its map (h, w) in [0, 1] is high, dark elsewhere."""
     level = Image.fromarray(np.uint8(255 * cam)).resize(photo.shape[1::-1])
-    return np.uint8(photo * (0.2 + 0.8 / 255 * np.asarray(level)[:, :, None]))
+    return np.uint8(photo * (0.2 + 0.8 / 255 * np.expand_dims(level, 2)))
 
 
 def pictures(data, folder, split, image_id):
-    """{caption: (h, w, 3) uint8} of a photo, what every stage made of it, and the truth.
+    """HTML of a photo, what every stage made of it, and the truth: a figure for each.
 
     In the order of the chain, so that a row reads as the method works; what is not there is left
     out. For seeds from CLIP the steps are kept beside the CAM and shown too.
     """
     photo = data.image(image_id)                                         # (H, W, 3)
-    shown = {"image": photo}
+    found = figure("image", photo)
     path = folder / f"1_cam/cams/{image_id}.npz"
     try:
-        cams = dict(np.load(path)) if path.is_file() else {"keys": []}
+        cams = dict(np.load(path)) if path.is_file() else {}
     except Exception as error:  # zip, zlib and NumPy's reader raise many kinds
         raise ValueError(f"{path}: {error}; remove it and its seed, and run stage 1") from None
     for key, caption in {"before": "what spoke for", "boxes": "boxes of", "cam": "CAM of"}.items():
-        if key in cams and len(cams["keys"]):
-            shown[f"{caption} {data.classes[cams['keys'][0]]}"] = light(photo, cams[key][0])
-    labels = {"seeds": label_path(folder / "1_cam/seeds", image_id),
-              "masks": label_path(folder / f"2_weakclip/masks/{split}", image_id),
-              "prediction": label_path(folder / f"3_segment/masks/{split}", image_id),
+        if key in cams and len(cams[key]):
+            name = data.classes[cams["keys"][0]]
+            found += figure(f"{caption} {name}", light(photo, cams[key][0]))
+    labels = {"seeds": folder / f"1_cam/seeds/{image_id}.png",
+              "masks": folder / f"2_weakclip/masks/{split}/{image_id}.png",
+              "prediction": folder / f"3_segment/masks/{split}/{image_id}.png",
               "truth": data.truth_path(image_id)}
     for name, path in labels.items():
         if path and path.is_file():
             label = read_label(path, len(data.classes), photo.shape[:2])
-            shown[name] = overlay(photo, label, data.classes, 256)
-    return shown
+            found += figure(name, overlay(photo, label, data.classes, 256))
+    return found
 
 
 def figure(caption, picture):
@@ -1025,10 +1027,12 @@ def curves(path):
     log = [json.loads(line) for line in lines if line.endswith("}")]
     found = ""
     for name in sorted({name for line in log for name in line if name.startswith("loss_")}):
-        y = np.array([line[name] for line in log])
-        height = 100 * (y.max() - y) / max(1e-9, np.ptp(y))
-        points = " ".join(f"{300 * i / len(y):.1f},{h:.1f}" for i, h in enumerate(height))
-        found += (f'<figure><svg viewBox="-2 -2 304 104"><polyline points="{points}"/></svg>'
+        y = [line[name] for line in log]
+        # In SVG y grows downwards. The browser stretches the box of all points to the figure.
+        points = " ".join(f"{i},{-value:.6g}" for i, value in enumerate(y))
+        box = f"0 {-max(y)} {len(y)} {max(y) - min(y) or 1}"  # left, top, width, height
+        found += (f'<figure><svg viewBox="{box}" preserveAspectRatio="none">'
+                  f'<polyline points="{points}"/></svg>'
                   f"<figcaption>{escape(name)}: {y[0]:.3g} to {y[-1]:.3g}</figcaption></figure>")
     return found
 
@@ -1038,17 +1042,18 @@ def write_report(data, folder, rows):
     head = ["", "images", "mIoU", "pixels", *map(escape, data.classes), "how"]
     body = f"<h2>Scores, in percent</h2><table><tr><th>{'<th>'.join(head)}"
     for row in rows:
-        cells = [f"{row['stage']} {row['split']}", f"{row['n']} of {row['of']}"]
-        for value in (row["miou"], row["pixel_accuracy"], *row["iou"].values()):
-            cells.append("-" if value is None else f"{value:.1f}")
-        body += f"<tr><td>{'<td>'.join(map(escape, [*cells, describe_provenance(row)]))}"
+        iou = ["-" if value is None else f"{value:.1f}" for value in row["iou"].values()]
+        cells = [f"{row['stage']} {row['split']}", f"{row['n']} of {row['of']}",
+                 f"{row['miou']:.1f}", f"{row['pixel_accuracy']:.1f}", *iou,
+                 describe_provenance(row)]
+        body += f"<tr><td>{'<td>'.join(map(escape, cells))}"
     body += "</table><h2>Pictures</h2>"
     for split in data.splits():
         places = [folder / "1_cam/seeds", *folder.glob(f"*/masks/{split}")]
-        ids = [i for i in data.ids(split) if any(label_path(p, i).is_file() for p in places)]
+        ids = [i for i in data.ids(split) if any(find_file(p, i).is_file() for p in places)]
         for image_id in ids[::max(1, len(ids) // 6)][:6]:
             body += f"<h3>{escape(split)}: {escape(image_id)}</h3>"
-            body += "".join(figure(*x) for x in pictures(data, folder, split, image_id).items())
+            body += pictures(data, folder, split, image_id)
     for stage in ("1_cam", "2_weakclip", "3_segment"):
         record = escape(json.dumps(read_record(folder / stage), indent=1))
         body += f"<h2>{stage}</h2>{curves(folder / stage / 'log.jsonl')}<pre>{record}</pre>"
@@ -1060,31 +1065,16 @@ def write_report(data, folder, rows):
 def check_dataset(data):
     """Print what is in a dataset, list by list. Raises ValueError at the first fault."""
     training = data.training_split()
-    print(f"{data.root}: {len(data.classes)} classes, {len(data.ids(training))} training photos")
+    # Only training images need labels: val is what the method has never been told about.
+    labels = data.image_labels(data.ids(training))
+    print(f"{data.root}: {len(data.classes)} classes, {len(labels)} training photos")
     for split in data.splits():
         ids = data.ids(split)
-        # Only training images need labels: val is what the method has never been told about.
-        labels = data.image_labels(ids) if split == training else data.known_labels(ids)
-        check_inputs(data, ids, image_labels=labels)
-        with_truth = sum(data.truth_path(image_id) is not None for image_id in ids)
+        with_truth = check_inputs(data, ids, image_labels=data.known_labels(ids))
         expected = PUBLISHED.get(data.name, {}).get(split, "none known")
         print(f"{split:9} {len(ids):6} images (published: {expected}), {with_truth} true masks")
-        if split == training:
-            note_unteachable(data, labels)
+    note_unteachable(data, labels)
     note_leaks(data, training)
-
-
-def score_all(data, folder):
-    """Score, print and report all that is in runs/<dataset>. Raises ValueError for nothing."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: nothing there; stage1_cam.py makes the first seeds")
-    rows = score_runs(data, folder)
-    print_rows(rows)
-    if not rows:
-        print(f"nothing to score: no masks yet, or no true ones of their images in {data.root}")
-    write_json(folder / "metrics.json", {"rows": rows})
-    write_report(data, folder, rows)
-    print(f"written: {folder / 'metrics.json'}, {folder / 'report.html'}")
 
 
 def parse_args(argv=None):
@@ -1109,15 +1099,24 @@ def main():
         return prepare(args.data)
     data = find_dataset(args.data)
     if args.check:
-        check_dataset(data)
-    elif args.masks:
+        return check_dataset(data)
+    if args.masks:
         row = score_folder(data, args.masks, args.split)
         if row is None:
             raise ValueError(f"{args.masks}: no PNG of {args.split} that also has a true mask")
-        print_rows([{"stage": args.masks.name, **dict.fromkeys(PROVENANCE), **row}])
+        print_rows([row])
         print(json.dumps(row["iou"], indent=1, ensure_ascii=False))
-    else:
-        score_all(data, args.runs / data.name)
+        return
+    folder = args.runs / data.name
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: nothing there; stage1_cam.py makes the first seeds")
+    rows = score_runs(data, folder)
+    print_rows(rows)
+    if not rows:
+        print(f"nothing to score: no masks yet, or no true ones of their images in {data.root}")
+    write_json(folder / "metrics.json", {"rows": rows})
+    write_report(data, folder, rows)
+    print(f"written: {folder / 'metrics.json'}, {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

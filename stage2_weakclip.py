@@ -54,8 +54,8 @@ from tqdm import tqdm
 
 import clip
 from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, PHOTO_ENDINGS, VOC_CLASSES, check_classes,
-                  check_inputs, check_outside, dataset_name, files_digest, for_each, is_finished,
-                  label_path, overlay, read_image, read_label, read_record, run, start_run,
+                  check_inputs, check_outside, dataset_name, files_digest, find_file, for_each,
+                  is_finished, overlay, read_image, read_label, read_record, run, start_run,
                   update_record, write_label, write_whole)
 from stage1_cam import (CLIP_COLOURS, IMAGENET_COLOURS, Machine, batches, check_output,
                         common_options, conv_layout, crop_or_pad, dense_crf, load_trained, log,
@@ -873,7 +873,7 @@ def seeded_image(data, seeds, crop, switches, image_id, rng):
     AUDIT.md: (46), (75).
     """
     image = data.image(image_id)  # (H, W, 3)
-    path = label_path(seeds, image_id)
+    path = find_file(seeds, image_id)
     label = read_label(path, len(data.classes), image.shape[:2])  # (H, W)
     # Objects are shown half to twice as large as in the photo whose short side is the crop; the
     # long side is at most 4 * crop * ratio, as released. A photo of 375 x 500 gets
@@ -1459,7 +1459,7 @@ def main():
             digests["checkpoint"] = clip.file_sha256(args.checkpoint)
         else:
             digests["clip"] = facts["clip"]
-            digests["seeds"] = files_digest([label_path(args.seeds, i) for i in lists[args.split]])
+            digests["seeds"] = files_digest([find_file(args.seeds, i) for i in lists[args.split]])
         # Refuses to go on with what other options, lists, photos, seeds or another CLIP began.
         start_run(folder, args, data, lists, digests, machine.description, MASK_OPTIONS)
     machine.wait()

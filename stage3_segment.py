@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from eval import (IGNORE, check_classes, check_inputs, dataset_name, files_digest, label_path,
+from eval import (IGNORE, check_classes, check_inputs, dataset_name, files_digest, find_file,
                   note, read_label, run, start_run)
 from stage1_cam import (IMAGENET_COLOURS, Machine, backbone_options, batches, common_options,
                         conv_layout, crop_or_pad, fix_batchnorm, load_trained, log, next_command,
@@ -86,7 +86,7 @@ def masked_image(data, masks, crop, image_id, rng):
     AUDIT.md: (84).
     """
     image = data.image(image_id)  # (H, W, 3)
-    mask = read_label(label_path(masks, image_id), len(data.classes), image.shape[:2])  # (H, W)
+    mask = read_label(find_file(masks, image_id), len(data.classes), image.shape[:2])  # (H, W)
     # Objects are shown half to one and a half times as large as in the photo. The released code
     # jitters colours as well; ours leaves them.
     scale = rng.uniform(0.5, 1.5)
@@ -230,7 +230,7 @@ def main():
         # Photos that are only predicted need no mask.
         check_inputs(data, sorted(set().union(*lists.values()).difference(ids)))
         digests = data.digests(args.split)
-        digests["masks"] = files_digest([label_path(args.masks, i) for i in ids])
+        digests["masks"] = files_digest([find_file(args.masks, i) for i in ids])
         digests["weights"] = weights_digest(args.arch, args.weights)
         # --predict may change between runs: the model does not depend on it.
         looked_at = {**lists, args.split: ids}

@@ -95,8 +95,8 @@ def test_a_photo_is_turned_as_it_is_displayed(drawn, tmp_path):
 
 def test_one_true_mask_in_a_thousand_may_differ_from_the_labels(dataset, capsys):
     """People made both, and differ here and there; another numbering differs everywhere."""
-    held = {**{f"{k}": {0, 1} for k in range(999)}, "odd": {0, 3}}
-    given = find_dataset(dataset), dataset, held, dict.fromkeys(held, [1])
+    held = {dataset / f"{k}.png": {0, 1} for k in range(999)} | {dataset / "odd.png": {0, 3}}
+    given = find_dataset(dataset), held, {path.stem: [1] for path in held}
     compare_classes(*given, TOLERATED)
     assert "odd.png: number 3 is traffic light" in capsys.readouterr().err
     with pytest.raises(ValueError, match="odd.png: number 3 is traffic light"):
