@@ -40,8 +40,7 @@ import dataclasses
 import functools
 import math
 import re
-import shutil
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +58,7 @@ from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, PHOTO_ENDINGS, VOC_CLASSES, 
                   update_record, write_label, write_whole)
 from stage1_cam import (CLIP_COLOURS, IMAGENET_COLOURS, Machine, batches, check_output,
                         common_options, conv_layout, crop_or_pad, dense_crf, load_trained, log,
-                        next_command, normalise, number, open_run, parts, read_checkpoint, resize,
-                        resume, save)
+                        next_command, normalise, number, open_run, parts, resize, resume, save)
 
 
 # ===================================================================================== switches
@@ -972,7 +970,7 @@ def warm_cosine(base_lr, step, iters):
     warm = min(1500, int(0.075 * iters))
     lr = 1e-6 + (base_lr - 1e-6) * (1 + math.cos(math.pi * step / iters)) / 2
     if step < warm:
-        lr = lr * (1 - (1 - step / warm) * (1 - 1e-6))
+        lr *= 1 - (1 - step / warm) * (1 - 1e-6)
     return lr
 
 
@@ -996,7 +994,7 @@ def train(model, data, ids, args, machine, folder, facts):
         for group in optimizer.param_groups:
             group["lr"] = warm_cosine(group["base_lr"], step, args.iters)
         optimizer.zero_grad()
-        terms = {}  # each loss's mean over the parts, for the log
+        terms = defaultdict(int)  # each loss's mean over the parts, for the log
         for image, seeds in parts(batch, args.accumulate, machine):
             # Only the network may run in bfloat16. Its 8 bits of precision are too few for the
             # logarithms of the losses, which are outside.
@@ -1006,7 +1004,7 @@ def train(model, data, ids, args, machine, folder, facts):
             # Divided, so that the gradients that the parts add up are their mean.
             (sum(losses.values()) / args.accumulate).backward()
             for name, loss in losses.items():
-                terms[name] = terms.get(name, 0) + loss.detach() / args.accumulate
+                terms[name] += loss.detach() / args.accumulate
         machine.average_gradients(model)
         optimizer.step()
         log(folder, bar, step, optimizer, terms, machine)
@@ -1091,33 +1089,34 @@ def probabilities(model, views, size, text):
     return (total / len(views))[0]
 
 
-def make_views(image, args, colours, crop=None):
+def make_views(image, args, colours, short, long):
     """Yields (view (1, 3, h, w) normalised, mirrored?) of a photo (H, W, 3) uint8.
 
-    One view for each of args.scales and, if not args.no_flip, its mirror image. With crop given,
-    scale 1 has a short side of `crop` and a long side of at most 4 crop; without, it is the photo's
-    own size (stage 3).
-    AUDIT.md: (102).
+    One view for each of args.scales and, with args.flip, its mirror image. At scale 1 it fits the
+    sides `short` and `long`, as `fit_size` says.
     """
-    H, W = image.shape[:2]
-    short, long = (crop, 4 * crop) if crop else (min(H, W), max(H, W))
     for scale in args.scales:
-        resized = resize_image(image, fit_size(H, W, short * scale, long * scale))
-        x = normalise(resized, colours)[None]  # (1, 3, h, w)
+        size = fit_size(*image.shape[:2], short * scale, long * scale)
+        x = normalise(resize_image(image, size), colours)[None]  # (1, 3, h, w)
         yield x, False
-        if not args.no_flip:
+        if args.flip:
             yield x.flip(3), True
 
 
 def predictor(model, args, machine):
-    """predict(photo (H, W, 3) uint8) -> class probabilities (K, H, W), over all views."""
+    """predict(photo (H, W, 3) uint8) -> class probabilities (K, H, W), over all views.
+
+    At scale 1 a photo's short side is that of the training crop, its long side at most 4 crops.
+    AUDIT.md: (102).
+    """
     model.to(machine.device).eval()
     with torch.no_grad(), machine.autocast():
         text = model.encode_text()  # (K, D); the same for all photos, so computed once
 
     @torch.no_grad()
     def predict(image):
-        views = list(make_views(image, args, colours_of(model.switches), model.crop))
+        views = list(make_views(image, args, colours_of(model.switches),
+                                model.crop, 4 * model.crop))
         with machine.autocast():
             return probabilities(model, views, image.shape[:2], text)[model.outputs]
     return predict
@@ -1136,7 +1135,7 @@ def predictor(model, args, machine):
 MASK_CRF = {"VOC2012": ((3, 3), (83, 5, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
 
 # Options that change masks but not the model that makes them.
-MASK_OPTIONS = ("scales", "no_flip", "no_crf", "label_filter")
+MASK_OPTIONS = ("scales", "flip", "crf", "label_filter")
 
 
 def mask_from(probs, image, crf, allowed):
@@ -1154,57 +1153,57 @@ def mask_from(probs, image, crf, allowed):
         rgb = torch.from_numpy(image).permute(2, 0, 1)[None].to(probs.device)  # (1, 3, H, W)
         # The floor: a class that is impossible at a pixel could never return there.
         probs = dense_crf(probs.clamp(min=1e-5)[None], rgb, *crf)[0]  # (J, H, W)
-    return classes[probs.argmax(0)].to(torch.uint8).cpu().numpy()
+    return classes[probs.argmax(0)].byte().cpu().numpy()
 
 
-def write_masks(predict, photos, folder, machine, crf, labels=None, classes=None):
-    """Write folder/<id>.png of class numbers for every photo {id: path}, where it is not yet.
+def plan_masks(data, lists, folder, args, machine):
+    """{folder/masks/<split>/<id>.png: (photo, classes that may win)} of every list {split: ids}.
 
-    predict: photo (H, W, 3) uint8 -> probabilities (K, H, W). labels: {id: the only classes beside
-    background that may win}, None for all. classes: names for <id>.jpg, which is to be looked at:
-    the photo with its mask laid over it; None for no such picture.
+    Masks that other options have made go first, and only then does the record say how the new ones
+    are made. So a run may be cut off anywhere: what lies in the folder was made as the record says,
+    or is not there. `start_run` has let pass only options that leave the model as it is.
+    AUDIT.md: (29a).
+    """
+    # What changes masks, and what eval.py prints beside their score.
+    provenance = {name: getattr(args, name) for name in ("iters", *MASK_OPTIONS)}
+    if machine.main and read_record(folder).get("provenance") != provenance:
+        for mask in folder.glob("masks/*/*"):
+            mask.unlink()
+        update_record(folder, provenance=provenance, finished=False)
+    machine.wait()
+    masks = {}
+    for split, ids in lists.items():
+        # The filter acts on the training list only: what is in a val image, nobody told.
+        filtered = args.label_filter and split == args.split
+        labels = data.image_labels(ids) if filtered else None
+        for image_id in ids:
+            allowed = [0, *labels[image_id]] if filtered else None
+            masks[folder / f"masks/{split}/{image_id}.png"] = data.image_path(image_id), allowed
+    return masks
+
+
+def write_masks(predict, masks, machine, crf, classes=None):
+    """Write a PNG of class numbers at every path of {path: (photo, allowed)}, where it is not yet.
+
+    predict: photo (H, W, 3) uint8 -> probabilities (K, H, W). allowed: as in `mask_from`. classes:
+    names for a picture <id>.jpg beside each mask, which is to be looked at: the photo with its mask
+    laid over it; None for no such picture.
     AUDIT.md: (29b).
     """
     # Where several processes run, each takes its share of the photos.
-    share = machine.share(list(photos))
-    for image_id in tqdm(share, f"masks {folder.name}", disable=not machine.main):
-        path = folder / f"{image_id}.png"
+    for path in tqdm(machine.share(list(masks)), "masks", disable=not machine.main):
         if path.exists():
             continue
-        image = read_image(photos[image_id])
+        photo, allowed = masks[path]
+        image = read_image(photo)
         probs = predict(image)
-        check_output(image_id, probs)
-        mask = mask_from(probs, image, crf, [0, *labels[image_id]] if labels else None)
+        check_output(photo, probs)
+        mask = mask_from(probs, image, crf, allowed)
         if classes:
             picture = Image.fromarray(overlay(image, mask, classes))
             write_whole(path.with_suffix(".jpg"), lambda f: picture.save(f, "JPEG", quality=90))
         write_label(path, mask)
     machine.wait()
-
-
-def write_all_masks(predict, data, lists, folder, args, machine, crf):
-    """Write folder/masks/<split>/<id>.png, where it is not yet, for every list {split: ids}.
-
-    Masks that other options have made go first, and only then does the record name the new options.
-    So a run may be cut off anywhere: what lies in the folder was made as the record says, or is not
-    there.
-    """
-    if machine.main:
-        provenance = mask_provenance(args)
-        stale = read_record(folder).get("provenance") != provenance
-        if stale and (folder / "masks").exists():
-            shutil.rmtree(folder / "masks")
-        # `start_run` has let pass only options that leave the model as it is.
-        update_record(folder, options=vars(args), provenance=provenance, finished=False)
-    machine.wait()
-    for split, ids in lists.items():
-        # The filter acts on the training list only: what is in a val image, nobody told.
-        filtered = args.label_filter and split == args.split
-        labels = data.image_labels(ids) if filtered else None
-        photos = {image_id: data.image_path(image_id) for image_id in ids}
-        write_masks(predict, photos, folder / "masks" / split, machine, crf, labels)
-    if machine.main:
-        update_record(folder, finished=True)
 
 
 def mask_photos(predict, args, folder, machine, crf, classes):
@@ -1215,37 +1214,20 @@ def mask_photos(predict, args, folder, machine, crf, classes):
     """
     place = args.images.resolve()
     files = sorted(place.glob("[!.]*"))
-    paths = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
-    photos = {path.stem: path for path in paths}
-    if len(photos) < max(1, len(paths)):
-        raise ValueError(f"--images {place}: no photos (.jpg, .jpeg, .png), or two of one name")
+    photos = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
     out = folder / "images" / place.name
+    masks = {out / f"{path.stem}.png": (path, None) for path in photos}
+    if len(masks) < max(1, len(photos)):
+        raise ValueError(f"--images {place}: no photos (.jpg, .jpeg, .png), or two of one name")
     if machine.main:
         check_outside(out, args)
-        for_each(read_image, list(photos.values()), "checking photos")
-        if out.exists():
-            shutil.rmtree(out)  # its masks may be of another folder's photos
+        for_each(read_image, photos, "checking photos")
+        for made in out.glob("*"):  # it may be of another folder's photos
+            made.unlink()
     machine.wait()
-    write_masks(predict, photos, out, machine, crf, classes=classes)
+    write_masks(predict, masks, machine, crf, classes)
     if machine.main:
         print(f"{out}: of {len(photos)} of {len(files)} files, masks (.png) and a look (.jpg)")
-
-
-def mask_provenance(args):
-    """What changes masks, and what eval.py prints beside their score."""
-    return {"iters": args.iters, "scales": args.scales, "flip": not args.no_flip,
-            "crf": not args.no_crf, "label_filter": args.label_filter}
-
-
-def masks_are_current(folder, args, lists):
-    """Whether all masks of {split: ids} are there, made as the options say.
-
-    AUDIT.md: (29a).
-    """
-    masks = folder / "masks"
-    wanted = [masks / f"{split}/{image_id}.png" for split in lists for image_id in lists[split]]
-    same = read_record(folder).get("provenance") == mask_provenance(args)
-    return same and is_finished(folder, wanted)
 
 
 def mask_options(parser, scales, size):
@@ -1256,8 +1238,10 @@ def mask_options(parser, scales, size):
     parser.add_argument("--scales", type=number(float, 0.01), nargs="+", default=scales,
                         help=f"sizes at which a photo is looked at, as multiples of {size}; large "
                              "ones see small objects [%(default)s]")
-    parser.add_argument("--no-flip", action="store_true", help="leave out the mirror images")
-    parser.add_argument("--no-crf", action="store_true", help="leave out the dense CRF: quicker")
+    parser.add_argument("--no-flip", dest="flip", action="store_false",
+                        help="leave out the mirror images")
+    parser.add_argument("--no-crf", dest="crf", action="store_false",
+                        help="leave out the dense CRF: quicker")
     parser.add_argument("--label-filter", action="store_true",
                         help="training list: only background and the image's own labels may win")
     parser.add_argument("--images", type=Path,
@@ -1270,7 +1254,7 @@ def mask_crf(args, table=MASK_CRF):
 
     A dataset that is not in the table gets VOC's.
     """
-    return None if args.no_crf else table.get(dataset_name(args.data), table["VOC2012"])
+    return table.get(dataset_name(args.data), table["VOC2012"]) if args.crf else None
 
 
 # ============================================================== checkpoints of the released code
@@ -1296,21 +1280,20 @@ def open_checkpoint(path, args, classes=None):
     AUDIT.md: (66).
     """
     saved = clip.read_file(path, "checkpoint; train first, or name another")
-    if isinstance(saved, dict) and "state_dict" in saved:
-        try:
+    try:
+        if "state_dict" in dict(saved):
             return open_released(saved, args, classes)
-        except (AttributeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}: no released WeakCLIP for this: {error}") from None
-    saved = read_checkpoint(path, "2_weakclip")
-    facts = saved["facts"]
-    switches = Switches(**facts["switches"])
-    if args.set and choose_switches(args.variant, args.set) != switches:
-        raise ValueError(f"--set {' '.join(args.set)}: {path} was trained otherwise; leave it out")
-    args.crop, args.iters = facts["crop"], saved["step"]
-    model, wanted = new_network(args, classes or facts["classes"], switches)
-    if facts != wanted:  # crop and switches are the checkpoint's
-        raise ValueError(f"{path} was trained with other classes or another CLIP; give its --clip")
-    load_trained(model, saved["model"], model.frozen)
+        facts = saved["facts"]
+        switches = Switches(**facts["switches"])
+        if args.set and choose_switches(args.variant, args.set) != switches:
+            raise ValueError(f"--set {' '.join(args.set)}: it was trained otherwise; leave it out")
+        args.crop, args.iters = facts["crop"], saved["step"]
+        model, wanted = new_network(args, classes or facts["classes"], switches)
+        if facts != wanted:  # crop and switches are the checkpoint's
+            raise ValueError("it was trained with other classes or another CLIP; give its --clip")
+        load_trained(model, saved["model"], model.frozen)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no WeakCLIP, ours or released, that fits: {error}") from None
     return model, facts["classes"]
 
 
@@ -1321,7 +1304,7 @@ def open_released(saved, args, classes):
     `--set` on top (its table of positions stays resized). Of COCO's 91 released slots only 80 and
     background are classes (32). Raises KeyError or ValueError naming what does not fit.
     """
-    state = by_our_names(saved["state_dict"])
+    state = {our_name(name): value for name, value in saved["state_dict"].items()}
     # It lacks the logit scale, which WeakCLIP does not read; CLIP wants one.
     state["clip.logit_scale"] = torch.zeros(())
     clip_model = clip.CLIP.from_state_dict({name.removeprefix("clip."): value
@@ -1360,14 +1343,11 @@ OUR_NAMES = {
     r"^decode_head\.conv_seg\.": "decoder.classify."}
 
 
-def by_our_names(state):
-    """A dict by the released code's parameter names -> the same by ours; other names stay."""
-    renamed = {}
-    for name, value in state.items():
-        for theirs, ours in OUR_NAMES.items():
-            name = re.sub(theirs, ours, name)
-        renamed[name] = value
-    return renamed
+def our_name(name):
+    """A parameter's name in the released code -> its name in ours; any other name stays."""
+    for theirs, ours in OUR_NAMES.items():
+        name = re.sub(theirs, ours, name)
+    return name
 
 
 # ================================================================================= command line
@@ -1377,7 +1357,7 @@ def choose_switches(variant, settings):
 
     Raises ValueError for an unknown field or a value that the field cannot have.
     """
-    fields = dataclasses.asdict({"paper": PAPER, "released": RELEASED}[variant])
+    fields = dataclasses.asdict(RELEASED if variant == "released" else PAPER)
     for text in settings:
         name, _, word = text.partition("=")
         before = fields.get(name)
@@ -1411,31 +1391,11 @@ def parse_args(argv=None):
                         help="train nothing, make masks with this checkpoint, ours (as it was "
                              "trained, whatever --variant is) or a released one")
     mask_options(parser, [0.5, 0.75, 1.0, 1.25, 1.5, 1.75], "a short side of --crop pixels")
-    return parser.parse_args(argv)
-
-
-def prepare_run(args, switches):
-    """Fill in what the dataset decides, and check all input -> (data, machine, lists, learned).
-
-    lists: {split: ids} of the masks to be made; learned: ids to learn from. Raises ValueError.
-    """
+    args = parser.parse_args(argv)
     coco = dataset_name(args.data) == "COCO2014"
     args.iters = args.iters or (40_000 if coco else 20_000)
     args.batch_size = args.batch_size or (24 if coco else 16)
-    data, machine = open_run(args)
-    args.seeds = args.seeds or args.runs / data.name / "1_cam/seeds"
-    learned = training_ids(data, args, switches)
-    splits = filter(data.has, (args.split, "val"))
-    lists = {split: data.ids(split, args.limit) for split in splits}
-    if machine.main:
-        if args.checkpoint:
-            check_inputs(data, lists[args.split])
-        else:
-            check_classes(data, args.seeds.parent)
-            labels = data.known_labels(learned)
-            check_inputs(data, sorted(set(learned)), args.seeds, labels, tolerated=0)
-        check_inputs(data, lists.get("val", []))
-    return data, machine, lists, learned
+    return args
 
 
 def main():
@@ -1446,31 +1406,43 @@ def main():
     if args.images:  # needs a checkpoint (the run's, or --checkpoint) and CLIP, but no dataset
         machine = Machine(args.device, args.amp)
         model, classes = open_checkpoint(args.checkpoint or folder / "checkpoint.pt", args)
-        predict = predictor(model, args, machine)
-        return mask_photos(predict, args, folder, machine, mask_crf(args), classes)
-    data, machine, lists, learned = prepare_run(args, switches)
+        return mask_photos(predictor(model, args, machine), args, folder, machine,
+                           mask_crf(args), classes)
+
+    args.seeds = args.seeds or folder.parent / "1_cam/seeds"
+    data, machine = open_run(args)
+    learned = training_ids(data, args, switches)
+    lists = {split: data.ids(split, args.limit)
+             for split in (args.split, "val") if data.has(split)}
+    ids = lists[args.split]
+    if machine.main:
+        if args.checkpoint:
+            check_inputs(data, ids)
+        else:
+            check_classes(data, args.seeds.parent)
+            check_inputs(data, ids, args.seeds, data.known_labels(ids), tolerated=0)
+        check_inputs(data, lists.get("val", []))
+
+    digests = data.digests(*lists)
     if args.checkpoint:
         model, _ = open_checkpoint(args.checkpoint, args, data.classes)
+        digests["checkpoint"] = clip.file_sha256(args.checkpoint)
     else:
         model, facts = new_network(args, data.classes, switches)
+        digests["clip"] = facts["clip"]
+        digests["seeds"] = files_digest([find_file(args.seeds, i) for i in ids])
     if machine.main:
-        digests = data.digests(*lists)
-        if args.checkpoint:
-            digests["checkpoint"] = clip.file_sha256(args.checkpoint)
-        else:
-            digests["clip"] = facts["clip"]
-            digests["seeds"] = files_digest([find_file(args.seeds, i) for i in lists[args.split]])
         # Refuses to go on with what other options, lists, photos, seeds or another CLIP began.
         start_run(folder, args, data, lists, digests, machine.description, MASK_OPTIONS)
-    machine.wait()
-    if masks_are_current(folder, args, lists):
+    masks = plan_masks(data, lists, folder, args, machine)
+    if is_finished(folder, masks):
         return
     if not args.checkpoint:
         # Returns at once where the checkpoint is of the last iteration already.
         train(machine.place(model), data, learned, args, machine, folder, facts)
-    predict = predictor(model, args, machine)
-    write_all_masks(predict, data, lists, folder, args, machine, mask_crf(args))
+    write_masks(predictor(model, args, machine), masks, machine, mask_crf(args))
     if machine.main:
+        update_record(folder, options=vars(args), finished=True)
         command = next_command("stage3_segment.py", args, "split", "limit")
         print(f"{folder}: masks of {', '.join(lists)}. Next: {command}")
 

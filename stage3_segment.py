@@ -27,13 +27,13 @@ from PIL import Image
 from torch import nn
 
 from eval import (IGNORE, check_classes, check_inputs, dataset_name, files_digest, find_file,
-                  note, read_label, run, start_run)
+                  is_finished, note, read_label, run, start_run, update_record)
 from stage1_cam import (IMAGENET_COLOURS, Machine, backbone_options, batches, common_options,
                         conv_layout, crop_or_pad, fix_batchnorm, load_trained, log, next_command,
                         normalise, open_run, parts, poly, random_window, read_checkpoint, resize,
                         resnet, resume, save, sgd, weights_digest)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_options, mask_photos,
-                             masks_are_current, mean_cross_entropy, resize_image, write_all_masks)
+                             mean_cross_entropy, plan_masks, resize_image, write_masks)
 
 # Of the CRF at test: (Gaussian sxy, weight), (bilateral sxy, srgb, weight), as released; on VOC
 # stage 2's masks have others.
@@ -172,7 +172,8 @@ def predictor(model, args, machine):
     @torch.no_grad()
     def predict(image):
         total = 0
-        views = list(make_views(image, args, IMAGENET_COLOURS))
+        # Scale 1 is the photo's own size: its short side, then its long one.
+        views = list(make_views(image, args, IMAGENET_COLOURS, *sorted(image.shape[:2])))
         for x, mirrored in views:
             with machine.autocast():
                 logits = model(x.to(machine.device))  # (1, K, h/8, w/8)
@@ -236,15 +237,15 @@ def main():
         looked_at = {**lists, args.split: ids}
         start_run(folder, args, data, looked_at, digests, machine.description,
                   (*MASK_OPTIONS, "predict"))
-    machine.wait()
-    if masks_are_current(folder, args, lists):
+    masks = plan_masks(data, lists, folder, args, machine)
+    if is_finished(folder, masks):
         return
     torch.manual_seed(args.seed)  # of the new layers' first weights
     model = machine.place(DeepLab(args.arch, args.weights, len(data.classes)))
     train(model, data, ids, args, machine, folder)
-    predict = predictor(model, args, machine)
-    write_all_masks(predict, data, lists, folder, args, machine, crf)
+    write_masks(predictor(model, args, machine), masks, machine, crf)
     if machine.main:
+        update_record(folder, options=vars(args), finished=True)
         print(f"{folder}: masks of {', '.join(lists)}. Next: {next_command('eval.py', args)}")
 
 

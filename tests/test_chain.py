@@ -190,7 +190,7 @@ def released(classes):
     state = stage2.WeakCLIP(network, tokens, stage2.RELEASED, crop=64).state_dict()
     del state["clip.logit_scale"]
     golden = torch.load(ROOT / "tests" / "golden" / "weakclip.pt", weights_only=True)["state_dict"]
-    theirs = stage2.by_our_names({name: name for name in golden})
+    theirs = {stage2.our_name(name): name for name in golden}
     state = {theirs[name]: value for name, value in state.items()}
     return {"meta": {"iter": 8000, "config": torch.nn.Identity()}, "state_dict": state}
 

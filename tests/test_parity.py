@@ -113,7 +113,8 @@ def test_clip(path, g):
 def build(path):
     """The golden's network, `--variant released`, with dropout and drop path off as there."""
     g, switches = golden(path), dataclasses.replace(stage2.RELEASED, drop_path=0.0)
-    config, state = g["config"], stage2.by_our_names(g["state_dict"])
+    config = g["config"]
+    state = {stage2.our_name(name): value for name, value in g["state_dict"].items()}
     state["clip.logit_scale"] = torch.zeros(())
     clip_model = clip.CLIP.from_state_dict(
         {name[5:]: value for name, value in state.items() if name.startswith("clip.")})
@@ -265,7 +266,8 @@ def check_gradients(path, key, loss, theirs, dtype=torch.float32, own_crf=False)
     ours = torch.autograd.grad(found[loss], parameters, retain_graph=True, allow_unused=True)
     ours = dict(zip(names, ours))
     assert theirs
-    for name, gradient in stage2.by_our_names(theirs).items():
+    for name, gradient in theirs.items():
+        name = stage2.our_name(name)
         assert ours[name] is not None, f"{name} gets no gradient"
         tolerance = max(OWN_CRF if own_crf else GRADIENT[dtype], NEARLY_CANCELS.get(name, 0))
         if name == ROUNDING_NOISE:
@@ -293,9 +295,9 @@ def test_who_gets_no_gradient(path, g):
     recorded = g["train"]
     ours = check_gradients(path, "train", "loss_total", recorded["grads"])
     idle = {name for name, gradient in ours.items() if gradient is None}
-    recorded_idle = stage2.by_our_names(dict.fromkeys(recorded["params_without_grad"]))
+    recorded_idle = map(stage2.our_name, recorded["params_without_grad"])
     assert idle == {*recorded_idle, "clip.logit_scale"}
-    assert set(ours) == {*stage2.by_our_names(recorded["grads"]), *idle}
+    assert set(ours) == {*map(stage2.our_name, recorded["grads"]), *idle}
     model, _ = train_step(path, "train")
     assert all(p.requires_grad for p in model.parameters()) and not recorded["params_frozen"]
 
@@ -304,8 +306,8 @@ def test_who_gets_no_gradient(path, g):
 def test_batchnorm_after_the_step(path, g):
     """Batch statistics, momentum 0.1 (3a)."""
     state = train_step(path, "train")[0].state_dict()
-    for name, theirs in stage2.by_our_names(g["train"]["bn_after"]).items():
-        close(state[name], theirs, FORWARD, name)
+    for name, theirs in g["train"]["bn_after"].items():
+        close(state[stage2.our_name(name)], theirs, FORWARD, name)
 
 
 VOC, COCO = stage2.MASK_CRF["VOC2012"], stage2.MASK_CRF["COCO2014"]
