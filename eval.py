@@ -662,10 +662,14 @@ def is_finished(folder, files):
     return finished
 
 
+# True in the process that says and writes what there is one of: torchrun's first, or the only one.
+MAIN = os.environ.get("RANK", "0") == "0"
+
+
 @cache  # a text is said once, however often a file is read
 def note(text):
     """Say on stderr what a user should know, from one of torchrun's processes."""
-    if os.environ.get("RANK", "0") == "0":
+    if MAIN:
         print(text, file=sys.stderr)
 
 

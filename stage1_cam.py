@@ -40,6 +40,7 @@ import os
 import re
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ from torch import nn
 from tqdm import tqdm
 
 import clip
-from eval import (IGNORE, Parser, check_inputs, find_dataset, is_finished, note, note_leaks,
+from eval import (IGNORE, MAIN, Parser, check_inputs, find_dataset, is_finished, note, note_leaks,
                   note_unteachable, run, start_run, update_record, write_label, write_whole)
 
 # Means and standard deviations of R G B in the photos that a network was trained on, in grey levels
@@ -132,7 +133,7 @@ def class_maps(model, image, present, crop, machine):
         view = Image.fromarray(image).resize(size, Image.BICUBIC)
         x = normalise(view, IMAGENET_COLOURS)                                 # (3, H', W')
         pair = torch.stack([x, x.flip(2)]).to(machine.device)                 # (2, 3, H', W')
-        with machine.autocast():
+        with machine.autocast:
             # What speaks against a class in one view must not cancel what speaks for it in another:
             # negative evidence is cut off first, then the views are added.
             plain, mirrored = model.maps(pair).relu().float()                 # each (K-1, h, w)
@@ -204,7 +205,7 @@ def write_seeds(make, data, ids, labels, machine, folder):
     own share of the ids. A file appears whole or not at all, the seed as the second of the two. So
     a photo with a seed is done, and a run that was cut off goes on with the next.
     """
-    for image_id in tqdm(machine.share(ids), desc="CAMs", disable=not machine.main):
+    for image_id in tqdm(machine.share(ids), desc="CAMs", disable=not MAIN):
         seed_path = folder / f"seeds/{image_id}.png"
         if seed_path.is_file():
             continue
@@ -409,22 +410,22 @@ def train(model, data, ids, labels, args, machine, folder):
     optimizer = sgd(model, args.lr, momentum, weight_decay=1e-4)
     # What a checkpoint must say of itself before this run goes on from it.
     facts = {"stage": "1_cam", "classes": list(data.classes)}
-    start = resume(folder, model, optimizer, facts, machine)
+    start = resume(folder, model, optimizer, facts)
     model.train()
     # ImageNet's statistics stay, as in IRN. A network that starts from nothing has none yet, and
     # BatchNorm learns them with the rest.
     if model.pretrained:
         fix_batchnorm(model)
     bar = batches(ids, make, args, start, machine)
-    for step, batch in bar:
+    for step, parts in bar:
         for group in optimizer.param_groups:
             group["lr"] = poly(group["base_lr"], step, args.iters)
         optimizer.zero_grad()
         total = 0
         # With --accumulate the batch comes in parts, so that the activations of one part only are
         # in memory. `backward` adds each part's gradients to those of the parts before it.
-        for image, target in parts(batch, args.accumulate, machine):
-            with machine.autocast():
+        for image, target in parts:
+            with machine.autocast:
                 score = model(image)                                    # (B, K-1)
             # The loss is reckoned in float32, also where the network was in bfloat16 (2 digits). It
             # is divided here, so that the parts' sum is the mean over the batch.
@@ -434,9 +435,8 @@ def train(model, data, ids, labels, args, machine, folder):
         machine.average_gradients(model)
         optimizer.step()
         # A line of the log every 10 iterations, the checkpoint every 500 and after the last.
-        log(folder, bar, step, optimizer, {"loss_multilabel": total}, machine)
-        save(folder, model, optimizer, step + 1, args.iters, facts, machine)
-    machine.share_buffers(model)
+        log(folder, bar, step, optimizer, {"loss_multilabel": total})
+        save(folder, model, optimizer, step + 1, args.iters, facts)
 
 
 def seeds_from_classifier(data, ids, labels, args, machine, folder):
@@ -718,7 +718,7 @@ def clip_seed(model, texts, image, present, threshold, machine):
     x = clip_input(image).to(machine.device)                                 # (1, 3, 16h, 16w)
     h, w = x.shape[2] // 16, x.shape[3] // 16
     positions = clip.resize_positions(model.visual.positional_embedding, h, w)  # (1 + N, C)
-    with machine.autocast():
+    with machine.autocast:
         # CLIP-ES's code rounds the positions to float16, even where all else is float32 (E4).
         tokens, attentions = patch_tokens(model.visual, x, positions.half().float())
     *_, raw, attention = grad_cam(model.visual, tokens, here, J, model.logit_scale.exp())
@@ -1070,9 +1070,9 @@ LOG_EVERY = 10    # iterations; a GPU is waited for where a loss is looked at
 class Machine:
     """Where the run happens: device, precision, and this process's place among torchrun's.
 
-    rank of world processes, all of which run the same script; main: the one (rank 0) that writes
-    what there is one of. Without torchrun there is one process, and all that is between processes
-    does nothing. Raises ValueError for a device that is not there.
+    rank of world processes, all of which run the same script; where rank is 0, `MAIN` is true.
+    Without torchrun there is one process, and all that is between processes does nothing. Raises
+    ValueError for a device that is not there.
     """
 
     def __init__(self, device, amp):
@@ -1080,8 +1080,6 @@ class Machine:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         if not 0 <= self.rank < self.world:
             raise ValueError("RANK, WORLD_SIZE: start with torchrun, or unset these variables")
-        self.main = self.rank == 0
-        self.amp = amp
         if device == "auto":
             device = "mps" if torch.backends.mps.is_available() else "cpu"
             if torch.cuda.is_available():
@@ -1093,16 +1091,15 @@ class Machine:
             raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
         # In words, for args.json.
         self.description = f"{self.world} x {self.device}, {torch.get_num_threads()} threads"
-        if self.device.type == "cuda":
+        self.cuda = self.device.type == "cuda"
+        if self.cuda:
             torch.cuda.set_device(self.device)
+        # A context: bfloat16 for what runs inside, if --amp; losses stay outside, in float32.
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=amp)
         if self.world > 1:
             # One process may check or download alone for longer than the usual 10 minutes.
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+            dist.init_process_group("nccl" if self.cuda else "gloo",
                                     timeout=datetime.timedelta(days=1))
-
-    def autocast(self):
-        """A context: bfloat16 for what runs inside, if --amp; losses stay outside, in float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
     def share(self, items):
         """This process's part of a list; the parts of all processes make up the list."""
@@ -1114,9 +1111,9 @@ class Machine:
             dist.barrier()
 
     def place(self, model):
-        """The model on the device. BatchNorm then sees the images of all processes, on several GPUs
-        at least: elsewhere torch cannot, and each process norms its own share."""
-        if self.world > 1 and self.device.type == "cuda":
+        """The model on the device. On GPUs BatchNorm then sees the images of all processes;
+        elsewhere torch cannot, and each process norms its own share."""
+        if self.world > 1 and self.cuda:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return model.to(self.device)
 
@@ -1126,20 +1123,19 @@ class Machine:
         All then take the same step, so that parameters stay equal without being sent. Each loss is
         a mean over its process's share. Where that is a mean over sure pixels only, the mean of the
         processes' means is not quite the mean over the whole batch.
+        BatchNorm's running statistics are no parameters. Where each process has its own, all get
+        the first one's, which the checkpoint holds.
         """
         if self.world > 1:
             for p in model.parameters():
                 if p.grad is not None:
                     dist.all_reduce(p.grad)  # the sum
                     p.grad /= self.world
-
-    def share_buffers(self, model):
-        """After training: every process gets the running statistics that the checkpoint holds."""
-        if self.world > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
 
+@dataclass
 class Samples:
     """Sample s of a run, s = 0, 1, 2, ...: the tensors that make(image id, rng) gives.
 
@@ -1150,8 +1146,9 @@ class Samples:
     and a resumed run makes it again.
     """
 
-    def __init__(self, ids, make, seed):
-        self.ids, self.make, self.seed = ids, make, seed
+    ids: list
+    make: object
+    seed: int
 
     def __getitem__(self, sample):
         """The tensors of one sample."""
@@ -1161,54 +1158,50 @@ class Samples:
 
 
 def batches(ids, make, args, start, machine):
-    """A progress bar over (iteration, batch of CPU tensors), from iteration `start` on.
+    """A progress bar over (iteration, the parts of its batch), from iteration `start` on.
 
     make(image id, rng) -> the tensors of one sample. With 16 images a batch, iteration 2 has the
     samples 32 to 47. Of two processes one loads the even ones and the other the odd ones. A batch
     may lie across two epochs.
-    AUDIT.md: (96).
+
+    A part is a list of tensors on the device, and a batch has as many as --accumulate says: with 2
+    the samples 32 to 39 and 40 to 47. Each loss becomes the mean of the parts' losses, so gradients
+    are the whole batch's where a loss is a mean over photos, or over all of their pixels. They are
+    not where it is a mean over the pixels that are not unsure (stage 2's score loss, stage 3's),
+    nor where BatchNorm trains, which norms each part by the part's own statistics.
+    AUDIT.md: (96), (97).
     """
     samples = range(start * args.batch_size, args.iters * args.batch_size)
     loader = torch.utils.data.DataLoader(
-        Samples(ids, make, args.seed), args.batch_size // machine.world, num_workers=args.workers,
-        sampler=machine.share(samples),
-        pin_memory=machine.device.type == "cuda")  # page-locked, so copies overlap with computing
-    return tqdm(zip(range(start, args.iters), loader), "training", args.iters, initial=start,
-                disable=not machine.main)
+        Samples(ids, make, args.seed), args.batch_size // machine.world // args.accumulate,
+        sampler=machine.share(samples), num_workers=args.workers,
+        pin_memory=machine.cuda)  # page-locked, so copies overlap with computing
+    parts = ([tensor.to(machine.device, non_blocking=True) for tensor in part] for part in loader)
+    # zip takes from one iterator, n times over: so it comes in groups of n.
+    grouped = zip(*[parts] * args.accumulate)
+    return tqdm(enumerate(grouped, start), "training", args.iters, initial=start,
+                disable=not MAIN)
 
 
-def parts(batch, n, machine):
-    """Yield a batch in n equal parts, on the device, for --accumulate.
-
-    Each loss becomes the mean of the parts' losses, so gradients are the whole batch's where a
-    loss is a mean over photos, or over all of their pixels. They are not where it is a mean over
-    the pixels that are not unsure (stage 2's score loss, stage 3's), nor where BatchNorm trains,
-    which norms each part by the part's own statistics.
-    AUDIT.md: (97).
-    """
-    for part in zip(*[tensor.chunk(n) for tensor in batch]):
-        yield [tensor.to(machine.device, non_blocking=True) for tensor in part]
-
-
-def log(folder, bar, step, optimizer, terms, machine):
+def log(folder, bar, step, optimizer, terms):
     """Every LOG_EVERY iterations add a line to log.jsonl: the first group's rate, all losses.
 
     Raises ValueError where a loss is infinite or no number.
     AUDIT.md: (98).
     """
-    if not machine.main or step % LOG_EVERY:
+    if not MAIN or step % LOG_EVERY:
         return
     losses = {name: term.item() for name, term in terms.items()}
     total = sum(losses.values())
     if not math.isfinite(total):
         raise ValueError(f"iteration {step}: {losses}; --overwrite with a smaller --lr")
     bar.set_postfix(loss=f"{total:.3f}")
-    lr = optimizer.param_groups[0]["lr"]
+    line = {"step": step, "lr": optimizer.param_groups[0]["lr"], "loss": total, **losses}
     with open(folder / "log.jsonl", "a") as f:
-        f.write(json.dumps({"step": step, "lr": lr, "loss": total, **losses}) + "\n")
+        f.write(json.dumps(line) + "\n")
 
 
-def save(folder, model, optimizer, step, iters, facts, machine, frozen=()):
+def save(folder, model, optimizer, step, iters, facts, frozen=()):
     """Every SAVE_EVERY iterations, and after the last of `iters`, write checkpoint.pt.
 
     It holds all that iteration `step` and those after it depend on. frozen: prefixes of names that
@@ -1216,13 +1209,13 @@ def save(folder, model, optimizer, step, iters, facts, machine, frozen=()):
     it not (a gradient overflows, a variance is zero), and a NaN never leaves the weights again:
     then ValueError, and nothing is written.
     """
-    if not machine.main or (step % SAVE_EVERY and step < iters):
+    if not MAIN or (step % SAVE_EVERY and step < iters):
         return
     weights = {name: value for name, value in model.state_dict().items()
                if not name.startswith(frozen)}
-    moments = [moment for state in optimizer.state.values() for moment in state.values()]
-    if not all(tensor.isfinite().all() for tensor in [*weights.values(), *moments]):
-        raise ValueError(f"iteration {step - 1}: weights are infinite or no number; lower --lr")
+    for tensors in (weights, *optimizer.state.values()):  # a parameter's moments are a dict too
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(f"iteration {step - 1}: weights are infinite or no number; lower --lr")
     saved = {"step": step, "model": weights, "optimizer": optimizer.state_dict(), "facts": facts,
              "log_bytes": (folder / "log.jsonl").stat().st_size}
     archive = io.BytesIO()  # first to memory: torch's writer has no words for a disk that is full
@@ -1254,10 +1247,11 @@ def load_trained(model, state, frozen=()):
         raise ValueError(" ".join(str(error).split())[:300]) from None
 
 
-def resume(folder, model, optimizer, facts, machine, frozen=()):
+def resume(folder, model, optimizer, facts, frozen=()):
     """Bring model and optimizer to the last checkpoint; returns how many iterations are done.
 
-    0 without a checkpoint. Raises ValueError for one of another run.
+    0 without a checkpoint. Raises ValueError for one of another run. Every process of torchrun
+    cuts the log, and all do before one of them adds to it: an iteration wants all of them.
     """
     path, saved = folder / "checkpoint.pt", {"step": 0, "log_bytes": 0}
     if path.is_file():
@@ -1266,9 +1260,8 @@ def resume(folder, model, optimizer, facts, machine, frozen=()):
             raise ValueError(f"{path}: of other classes, another network or CLIP; --overwrite")
         load_trained(model, saved["model"], frozen)
         optimizer.load_state_dict(saved["optimizer"])
-    if machine.main:
-        with open(folder / "log.jsonl", "a") as f:
-            f.truncate(min(saved["log_bytes"], f.tell()))
+    with open(folder / "log.jsonl", "a") as f:
+        f.truncate(min(saved["log_bytes"], f.tell()))
     return saved["step"]
 
 
@@ -1284,8 +1277,13 @@ def check_output(image_id, values):
 
 # ===================================================================================== command line
 
-def number(kind, smallest):
-    """A type for argparse: an int or a float from `smallest` on, neither infinite nor NaN."""
+def number(smallest):
+    """A type for argparse: numbers from `smallest` on, neither infinite nor NaN.
+
+    They are of the kind that `smallest` is of, int or float.
+    """
+    kind = type(smallest)
+
     def parse(text):
         if not smallest <= kind(text) < 2 ** 31:
             raise ValueError
@@ -1294,48 +1292,45 @@ def number(kind, smallest):
     return parse
 
 
-def common_options(description, iters, lr, batch_size, crop):
-    """The parser with the options that all stages have.
+def common_options(docstring, iters, lr, batch_size, crop, arch=None):
+    """The parser with the options that all stages have; a stage's docstring begins its --help.
 
     iters, lr, batch_size, crop: defaults. A text instead of a number is what --help shows for a
     default that depends on the data or on other options: it is None here, and filled in later.
+    arch: the default of stages 1 and 3, whose networks are ResNets; None for none of their options.
     """
-    parser = Parser(description=description)
+    parser = Parser(description=docstring.splitlines()[0])
     parser.add_argument("--data", required=True, help="a dataset's name or folder (README, Data)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="gets what is made [runs]")
     parser.add_argument("--overwrite", action="store_true", help="start afresh")
     parser.add_argument("--split", help="training list, by name [trainaug if there is one]")
-    # These change results; their defaults are the recipe.
-    for name, kind, smallest, default, text in (
-            ("--iters", int, 1, iters, "optimizer steps; the rate falls to its end over them"),
-            ("--batch-size", int, 1, batch_size, "images a step, on all devices together"),
-            ("--accumulate", int, 1, 1, "show a batch in N parts, with the memory of one"),
-            ("--crop", int, 64, crop, "side of the training crop in pixels, a multiple of 32"),
-            ("--lr", float, 1e-12, lr, "base learning rate"),
-            ("--seed", int, 0, 0, "of first weights, order, augmentation and dropout"),
-            ("--limit", int, 1, "all", "use the first N images of every list, for a quick try")):
-        parser.add_argument(name, type=number(kind, smallest),
+    # These change results, but for the last; their defaults are the recipe.
+    for name, smallest, default, text in (
+            ("--iters", 1, iters, "optimizer steps; the rate falls to its end over them"),
+            ("--batch-size", 1, batch_size, "images a step, on all devices together"),
+            ("--accumulate", 1, 1, "show a batch in N parts, with the memory of one"),
+            ("--crop", 64, crop, "side of the training crop in pixels, a multiple of 32"),
+            ("--lr", 1e-12, lr, "base learning rate"),
+            ("--seed", 0, 0, "of first weights, order, augmentation and dropout"),
+            ("--limit", 1, "all", "use the first N images of every list, for a quick try"),
+            ("--workers", 0, "0 on a CPU, else up to 8", "processes that load images")):
+        parser.add_argument(name, type=number(smallest),
                             default=None if isinstance(default, str) else default,
                             help=f"{text} [{default}]")
     # These change speed, but results no more than by rounding.
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or mps [the best]")
     parser.add_argument("--amp", action="store_true", help="bfloat16: less memory, coarser")
-    parser.add_argument("--workers", type=number(int, 0),
-                        help="processes that load images [0 on a CPU, else up to 8]")
     parser.add_argument("--deterministic", action="store_true", help="equal bits on a GPU too")
+    if arch:
+        parser.add_argument("--arch", choices=("resnet18", "resnet50", "resnet101"), default=arch,
+                            help="the backbone [%(default)s]")
+        parser.add_argument("--weights", default="imagenet",
+                            help="imagenet (downloaded), none, or a ResNet's file [%(default)s]")
     return parser
 
 
-def backbone_options(parser, arch):
-    """Add the options of stages 1 and 3, whose networks are ResNets."""
-    parser.add_argument("--arch", choices=("resnet18", "resnet50", "resnet101"), default=arch,
-                        help="the backbone [%(default)s]")
-    parser.add_argument("--weights", default="imagenet",
-                        help="imagenet (downloaded), none, or a ResNet's file [%(default)s]")
-
-
-def open_run(args):
-    """What every stage starts with: dataset and machine; options left open are filled in."""
+def open_run(args, machine):
+    """The dataset, which every stage starts with; options that were left open are filled in."""
     data = find_dataset(args.data)
     args.split = args.split or data.training_split()
     note(f"{data.root}: the training list is {args.split}, {len(data.ids(args.split))} images")
@@ -1349,21 +1344,21 @@ def open_run(args):
         # read by cuBLAS when it is first used: work space of its own for each stream
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    machine = Machine(args.device, args.amp)
     if args.batch_size % (machine.world * args.accumulate):
         raise ValueError(f"--batch-size {args.batch_size}: no multiple of processes x --accumulate")
     if args.workers is None:
         args.workers = 0 if machine.device.type == "cpu" else min(8, os.cpu_count())
-    return data, machine
+    return data
 
 
 def next_command(script, args, *names):
     """The next stage's command: where things are, and the options `names`, as they are here."""
-    words = ["python", str(Path(sys.argv[0]).with_name(script))]
+    words = ["python", Path(sys.argv[0]).with_name(script)]
     for name in ("data", "runs", *names):
-        if getattr(args, name):
-            words += [f"--{name}", str(getattr(args, name))]
-    return shlex.join(words)
+        value = getattr(args, name)
+        if value:
+            words += [f"--{name}", value]
+    return shlex.join(map(str, words))
 
 
 def parse_args(argv=None):
@@ -1371,8 +1366,7 @@ def parse_args(argv=None):
 
     AUDIT.md: (50).
     """
-    parser = common_options(__doc__.splitlines()[0], "5 epochs", "0.1; from nothing 0.01", 16, 512)
-    backbone_options(parser, "resnet50")
+    parser = common_options(__doc__, "5 epochs", "0.1; from nothing 0.01", 16, 512, "resnet50")
     parser.add_argument("--method", choices=("classifier", "clip"), default="classifier",
                         help="train one, or ask CLIP and train nothing [%(default)s]")
     parser.add_argument("--clip", default="ViT-B/16",
@@ -1383,10 +1377,11 @@ def parse_args(argv=None):
 def main():
     """Labels in, seeds out: check, train or ask CLIP, write, and say what comes next."""
     args = parse_args()
-    data, machine = open_run(args)
+    machine = Machine(args.device, args.amp)
+    data = open_run(args, machine)
     ids = data.ids(args.split, args.limit)
     labels = data.image_labels(ids)  # {id: class numbers from 1}
-    if machine.main:
+    if MAIN:
         check_inputs(data, ids, image_labels=labels)
     folder = args.runs / data.name / "1_cam"
     digests = data.digests(args.split, labels=json.dumps(labels))
@@ -1398,7 +1393,7 @@ def main():
         digests["weights"] = weights_digest(args.arch, args.weights)
         args.lr = args.lr or (0.01 if args.weights == "none" else 0.1)
         args.iters = args.iters or 5 * max(1, len(ids) // args.batch_size)  # 5 epochs
-    if machine.main:
+    if MAIN:
         start_run(folder, args, data, {args.split: ids}, digests, machine.description)
     machine.wait()
     if is_finished(folder, [folder / f"seeds/{i}.png" for i in ids]):
@@ -1407,7 +1402,7 @@ def main():
         facts = seeds_from_clip(model, data, ids, labels, machine, folder)
     else:
         facts = seeds_from_classifier(data, ids, labels, args, machine, folder)
-    if machine.main:
+    if MAIN:
         update_record(folder, provenance=facts, finished=True)
         command = next_command("stage2_weakclip.py", args, "split", "limit", "clip")
         print(f"{folder}: {len(ids)} seeds. Next: {command}")

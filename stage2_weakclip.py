@@ -52,13 +52,13 @@ from torchvision.ops import stochastic_depth
 from tqdm import tqdm
 
 import clip
-from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, PHOTO_ENDINGS, VOC_CLASSES, check_classes,
+from eval import (COCO_CLASSES, COCO_SLOTS, IGNORE, MAIN, PHOTO_ENDINGS, VOC_CLASSES, check_classes,
                   check_inputs, check_outside, dataset_name, files_digest, find_file, for_each,
                   is_finished, overlay, read_image, read_label, read_record, run, start_run,
                   update_record, write_label, write_whole)
 from stage1_cam import (CLIP_COLOURS, IMAGENET_COLOURS, Machine, batches, check_output,
                         common_options, conv_layout, crop_or_pad, dense_crf, load_trained, log,
-                        next_command, normalise, number, open_run, parts, resize, resume, save)
+                        next_command, normalise, number, open_run, resize, resume, save)
 
 
 # ===================================================================================== switches
@@ -920,9 +920,8 @@ def training_ids(data, args, switches):
 # First weights come from the run's seed, order and augmentation from the seed and the sample's
 # number, dropout from the seed, the iteration and the process. So a run that was cut off goes on
 # from its last checkpoint and ends in the same bits as one that was not. What the loop calls is
-# shared by all stages: `batches` yields the numbered batches from iteration `start` on, `parts`
-# cuts one, `resume` and `save` read and write the checkpoint, and `log` refuses a loss that is no
-# number.
+# shared by all stages: `batches` yields the numbered batches, in parts, from iteration `start` on,
+# `resume` and `save` read and write the checkpoint, and `log` refuses a loss that is no number.
 
 def make_optimizer(model, lr):
     """AdamW, weight decay 3e-5 on everything that trains; groups differ in their base rate only.
@@ -977,7 +976,7 @@ def warm_cosine(base_lr, step, iters):
 def train(model, data, ids, args, machine, folder, facts):
     """Train the parts around CLIP on the seeds, from the folder's last checkpoint if there is one.
 
-    What an iteration does is what `for step, batch in bar` holds, from top to bottom: chance, rate,
+    What an iteration does is what `for step, parts in bar` holds, from top to bottom: chance, rate,
     losses and their gradients, step, log, checkpoint. All of it depends on the iteration's number
     and on what the checkpoint holds, and on nothing else.
     facts: what tells this network's checkpoint from another's; see `new_network`.
@@ -985,20 +984,20 @@ def train(model, data, ids, args, machine, folder, facts):
     switches = model.switches
     make = functools.partial(seeded_image, data, args.seeds, args.crop, switches)
     optimizer = make_optimizer(model, args.lr)
-    start = resume(folder, model, optimizer, facts, machine, model.frozen)
+    start = resume(folder, model, optimizer, facts, model.frozen)
     model.train()
     bar = batches(ids, make, args, start, machine)
-    for step, batch in bar:
+    for step, parts in bar:
         # Dropout draws from (seed, iteration, process), so that a resumed run draws the same.
         torch.manual_seed((args.seed << 32) + step * machine.world + machine.rank)
         for group in optimizer.param_groups:
             group["lr"] = warm_cosine(group["base_lr"], step, args.iters)
         optimizer.zero_grad()
         terms = defaultdict(int)  # each loss's mean over the parts, for the log
-        for image, seeds in parts(batch, args.accumulate, machine):
+        for image, seeds in parts:
             # Only the network may run in bfloat16. Its 8 bits of precision are too few for the
             # logarithms of the losses, which are outside.
-            with machine.autocast():
+            with machine.autocast:
                 logits, score = model(image)  # (B, K, H/4, W/4), (B, K, H/16, W/16)
             losses = weakclip_losses(logits, score, image, seeds, switches)
             # Divided, so that the gradients that the parts add up are their mean.
@@ -1007,9 +1006,8 @@ def train(model, data, ids, args, machine, folder, facts):
                 terms[name] += loss.detach() / args.accumulate
         machine.average_gradients(model)
         optimizer.step()
-        log(folder, bar, step, optimizer, terms, machine)
-        save(folder, model, optimizer, step + 1, args.iters, facts, machine, model.frozen)
-    machine.share_buffers(model)
+        log(folder, bar, step, optimizer, terms)
+        save(folder, model, optimizer, step + 1, args.iters, facts, model.frozen)
 
 
 # ==================================================================================== inference
@@ -1110,14 +1108,14 @@ def predictor(model, args, machine):
     AUDIT.md: (102).
     """
     model.to(machine.device).eval()
-    with torch.no_grad(), machine.autocast():
+    with torch.no_grad(), machine.autocast:
         text = model.encode_text()  # (K, D); the same for all photos, so computed once
 
     @torch.no_grad()
     def predict(image):
         views = list(make_views(image, args, colours_of(model.switches),
                                 model.crop, 4 * model.crop))
-        with machine.autocast():
+        with machine.autocast:
             return probabilities(model, views, image.shape[:2], text)[model.outputs]
     return predict
 
@@ -1166,7 +1164,7 @@ def plan_masks(data, lists, folder, args, machine):
     """
     # What changes masks, and what eval.py prints beside their score.
     provenance = {name: getattr(args, name) for name in ("iters", *MASK_OPTIONS)}
-    if machine.main and read_record(folder).get("provenance") != provenance:
+    if MAIN and read_record(folder).get("provenance") != provenance:
         for mask in folder.glob("masks/*/*"):
             mask.unlink()
         update_record(folder, provenance=provenance, finished=False)
@@ -1191,7 +1189,7 @@ def write_masks(predict, masks, machine, crf, classes=None):
     AUDIT.md: (29b).
     """
     # Where several processes run, each takes its share of the photos.
-    for path in tqdm(machine.share(list(masks)), "masks", disable=not machine.main):
+    for path in tqdm(machine.share(list(masks)), "masks", disable=not MAIN):
         if path.exists():
             continue
         photo, allowed = masks[path]
@@ -1219,14 +1217,14 @@ def mask_photos(predict, args, folder, machine, crf, classes):
     masks = {out / f"{path.stem}.png": (path, None) for path in photos}
     if len(masks) < max(1, len(photos)):
         raise ValueError(f"--images {place}: no photos (.jpg, .jpeg, .png), or two of one name")
-    if machine.main:
+    if MAIN:
         check_outside(out, args)
         for_each(read_image, photos, "checking photos")
         for made in out.glob("*"):  # it may be of another folder's photos
             made.unlink()
     machine.wait()
     write_masks(predict, masks, machine, crf, classes)
-    if machine.main:
+    if MAIN:
         print(f"{out}: of {len(photos)} of {len(files)} files, masks (.png) and a look (.jpg)")
 
 
@@ -1235,7 +1233,7 @@ def mask_options(parser, scales, size):
 
     size: what scale 1 is, for --help.
     """
-    parser.add_argument("--scales", type=number(float, 0.01), nargs="+", default=scales,
+    parser.add_argument("--scales", type=number(0.01), nargs="+", default=scales,
                         help=f"sizes at which a photo is looked at, as multiples of {size}; large "
                              "ones see small objects [%(default)s]")
     parser.add_argument("--no-flip", dest="flip", action="store_false",
@@ -1376,8 +1374,7 @@ def parse_args(argv=None):
 
     AUDIT.md: (79), (80).
     """
-    parser = common_options(
-        __doc__.splitlines()[0], "20,000; COCO2014 40,000", 1e-4, "16; COCO2014 24", 512)
+    parser = common_options(__doc__, "20,000; COCO2014 40,000", 1e-4, "16; COCO2014 24", 512)
     parser.add_argument("--clip", default="ViT-B/16",
                         help="OpenAI's (downloaded), a file, or random: untrained [%(default)s]")
     parser.add_argument("--seeds", type=Path,
@@ -1402,20 +1399,20 @@ def main():
     """Train and make masks; continue where an earlier run of the command stopped."""
     args = parse_args()
     switches = choose_switches(args.variant, args.set)
+    machine = Machine(args.device, args.amp)
     folder = args.runs / dataset_name(args.data) / "2_weakclip"
     if args.images:  # needs a checkpoint (the run's, or --checkpoint) and CLIP, but no dataset
-        machine = Machine(args.device, args.amp)
         model, classes = open_checkpoint(args.checkpoint or folder / "checkpoint.pt", args)
-        return mask_photos(predictor(model, args, machine), args, folder, machine,
-                           mask_crf(args), classes)
+        predict = predictor(model, args, machine)
+        return mask_photos(predict, args, folder, machine, mask_crf(args), classes)
 
+    data = open_run(args, machine)
     args.seeds = args.seeds or folder.parent / "1_cam/seeds"
-    data, machine = open_run(args)
     learned = training_ids(data, args, switches)
     lists = {split: data.ids(split, args.limit)
              for split in (args.split, "val") if data.has(split)}
     ids = lists[args.split]
-    if machine.main:
+    if MAIN:
         if args.checkpoint:
             check_inputs(data, ids)
         else:
@@ -1431,7 +1428,7 @@ def main():
         model, facts = new_network(args, data.classes, switches)
         digests["clip"] = facts["clip"]
         digests["seeds"] = files_digest([find_file(args.seeds, i) for i in ids])
-    if machine.main:
+    if MAIN:
         # Refuses to go on with what other options, lists, photos, seeds or another CLIP began.
         start_run(folder, args, data, lists, digests, machine.description, MASK_OPTIONS)
     masks = plan_masks(data, lists, folder, args, machine)
@@ -1440,8 +1437,9 @@ def main():
     if not args.checkpoint:
         # Returns at once where the checkpoint is of the last iteration already.
         train(machine.place(model), data, learned, args, machine, folder, facts)
-    write_masks(predictor(model, args, machine), masks, machine, mask_crf(args))
-    if machine.main:
+    predict = predictor(model, args, machine)
+    write_masks(predict, masks, machine, mask_crf(args))
+    if MAIN:
         update_record(folder, options=vars(args), finished=True)
         command = next_command("stage3_segment.py", args, "split", "limit")
         print(f"{folder}: masks of {', '.join(lists)}. Next: {command}")

@@ -26,12 +26,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from eval import (IGNORE, check_classes, check_inputs, dataset_name, files_digest, find_file,
+from eval import (IGNORE, MAIN, check_classes, check_inputs, dataset_name, files_digest, find_file,
                   is_finished, note, read_label, run, start_run, update_record)
-from stage1_cam import (IMAGENET_COLOURS, Machine, backbone_options, batches, common_options,
-                        conv_layout, crop_or_pad, fix_batchnorm, load_trained, log, next_command,
-                        normalise, open_run, parts, poly, random_window, read_checkpoint, resize,
-                        resnet, resume, save, sgd, weights_digest)
+from stage1_cam import (IMAGENET_COLOURS, Machine, batches, common_options, conv_layout,
+                        crop_or_pad, fix_batchnorm, load_trained, log, next_command, normalise,
+                        open_run, poly, random_window, read_checkpoint, resize, resnet, resume,
+                        save, sgd, weights_digest)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_options, mask_photos,
                              mean_cross_entropy, plan_masks, resize_image, write_masks)
 
@@ -98,7 +98,7 @@ def masked_image(data, masks, crop, image_id, rng):
     if rng.random() < 0.5:
         x, y = x.flip(2), y.flip(1)
     # GUESS padding falls on any side, where an image is smaller than the crop
-    top, left = random_window(rng, size[0], crop), random_window(rng, size[1], crop)
+    top, left = (random_window(rng, side, crop) for side in size)
     return crop_or_pad(x, crop, top, left, 0), crop_or_pad(y, crop, top, left, IGNORE)
 
 
@@ -126,22 +126,22 @@ def train(model, data, ids, args, machine, folder):
     optimizer = sgd(model, args.lr, momentum=0.9, weight_decay=5e-4)
     # arch: --images builds the network from the checkpoint alone.
     facts = {"stage": "3_segment", "classes": list(data.classes), "arch": args.arch}
-    start = resume(folder, model, optimizer, facts, machine)
+    start = resume(folder, model, optimizer, facts)
     model.train()
     if model.pretrained:
         fix_batchnorm(model)
     # Batches are numbered, and sample s is a function of (seed, s): that is why a run that was cut
     # off, and begins here at iteration `start`, sees what it would have seen (stage 1, `Samples`).
     bar = batches(ids, make, args, start, machine)
-    for step, batch in bar:
+    for step, parts in bar:
         for group in optimizer.param_groups:
             group["lr"] = poly(group["base_lr"], step, args.iters)
         optimizer.zero_grad()
         total = 0
         # Each crop of 448 pixels takes some 1.4 GiB with ResNet-101 (tests/RESULTS.md): 16 of them
         # do not fit into every card, and --accumulate shows them in parts.
-        for image, mask in parts(batch, args.accumulate, machine):
-            with machine.autocast():
+        for image, mask in parts:
+            with machine.autocast:
                 logits = model(image)  # (B, K, H/8, W/8)
             # GUESS the loss is taken at the mask's size: the logits are upsampled, and not the
             # mask reduced, which would lose what is thinner than 8 pixels
@@ -153,9 +153,8 @@ def train(model, data, ids, args, machine, folder):
             total += loss.detach()
         machine.average_gradients(model)
         optimizer.step()
-        log(folder, bar, step, optimizer, {"loss_cross_entropy": total}, machine)
-        save(folder, model, optimizer, step + 1, args.iters, facts, machine)
-    machine.share_buffers(model)
+        log(folder, bar, step, optimizer, {"loss_cross_entropy": total})
+        save(folder, model, optimizer, step + 1, args.iters, facts)
 
 
 # ==================================================================================== inference
@@ -175,7 +174,7 @@ def predictor(model, args, machine):
         # Scale 1 is the photo's own size: its short side, then its long one.
         views = list(make_views(image, args, IMAGENET_COLOURS, *sorted(image.shape[:2])))
         for x, mirrored in views:
-            with machine.autocast():
+            with machine.autocast:
                 logits = model(x.to(machine.device))  # (1, K, h/8, w/8)
             # All views come to the photo's size; only there can they be added pixel on pixel.
             logits = resize(logits.float(), image.shape[:2])  # (1, K, H, W)
@@ -190,8 +189,7 @@ def parse_args(argv=None):
     """The command line's options; argv None for the real one."""
     # The released recipe (DeepLabV1's) where it fits: crop, scales, SGD and its rate for 16 images.
     # GUESS half of the released iterations
-    parser = common_options(__doc__.splitlines()[0], 20_000, 5e-3, 16, 448)
-    backbone_options(parser, "resnet101")
+    parser = common_options(__doc__, 20_000, 5e-3, 16, 448, "resnet101")
     parser.add_argument("--masks", type=Path, help="label PNGs to learn from [stage 2's]; true "
                                                    "masks give an upper bound")
     parser.add_argument("--predict", help="LIST,LIST whose masks are written [val, if there]")
@@ -202,10 +200,10 @@ def parse_args(argv=None):
 def main():
     """Train, predict; continue where an earlier run of the command stopped."""
     args = parse_args()
+    machine = Machine(args.device, args.amp)
     folder = args.runs / dataset_name(args.data) / "3_segment"
     crf = mask_crf(args, SEGMENT_CRF)
     if args.images:  # needs the run's checkpoint, but no dataset
-        machine = Machine(args.device, args.amp)
         saved = read_checkpoint(folder / "checkpoint.pt", "3_segment")
         facts = saved["facts"]
         model = DeepLab(facts["arch"], "none", len(facts["classes"]))
@@ -213,27 +211,27 @@ def main():
         predict = predictor(model, args, machine)
         return mask_photos(predict, args, folder, machine, crf, facts["classes"])
 
-    data, machine = open_run(args)
+    data = open_run(args, machine)
     if args.masks is None:
-        args.masks = args.runs / data.name / f"2_weakclip/masks/{args.split}"
+        args.masks = folder.parent / f"2_weakclip/masks/{args.split}"
     elif "SegmentationClass" in args.masks.name:
         note(f"--masks {args.masks}: true masks; this run is an upper bound")
     ids = data.ids(args.split, args.limit)
     predicted = args.predict or ("val" if data.has("val") else args.split)
     lists = {split: data.ids(split, args.limit) for split in predicted.split(",")}
-    if machine.main:
+    if MAIN:
         # Masks of our own stages lie in <stage>/masks/<split>, and the stage's args.json says which
         # classes they number. Of others nobody does: where they number them otherwise, most masks
         # have a class that the photo's labels lack.
         ours = check_classes(data, args.masks.parent.parent)
         labels = {} if ours else data.known_labels(ids)
         check_inputs(data, ids, args.masks, labels, tolerated=0.5)
-        # Photos that are only predicted need no mask.
-        check_inputs(data, sorted(set().union(*lists.values()).difference(ids)))
+        for photos in lists.values():  # what is predicted needs no mask
+            check_inputs(data, photos)
         digests = data.digests(args.split)
         digests["masks"] = files_digest([find_file(args.masks, i) for i in ids])
         digests["weights"] = weights_digest(args.arch, args.weights)
-        # --predict may change between runs: the model does not depend on it.
+        # What --predict names may change between runs: the model does not depend on it.
         looked_at = {**lists, args.split: ids}
         start_run(folder, args, data, looked_at, digests, machine.description,
                   (*MASK_OPTIONS, "predict"))
@@ -243,8 +241,9 @@ def main():
     torch.manual_seed(args.seed)  # of the new layers' first weights
     model = machine.place(DeepLab(args.arch, args.weights, len(data.classes)))
     train(model, data, ids, args, machine, folder)
-    write_masks(predictor(model, args, machine), masks, machine, crf)
-    if machine.main:
+    predict = predictor(model, args, machine)
+    write_masks(predict, masks, machine, crf)
+    if MAIN:
         update_record(folder, options=vars(args), finished=True)
         print(f"{folder}: masks of {', '.join(lists)}. Next: {next_command('eval.py', args)}")
 

@@ -216,7 +216,7 @@ def resnet_file(tmp_path_factory):
 
 
 class Bar(list):
-    """Stands for the progress bar over (iteration, batch)."""
+    """Stands for the progress bar over (iteration, parts of the batch)."""
 
     def set_postfix(self, **shown):
         """What is shown beside it, here nowhere."""
@@ -227,7 +227,7 @@ def train_on(monkeypatch, tmp_path):
     """train_on(stage, model, x, y, iters, lr) -> (lines of the log, the optimizer at the end,
     (training?, image, output) of every pass). x, y: the only batch, in place of the stage's."""
     def train_on(stage, model, x, y, iters, lr):
-        seen, saved, bar = [], [], Bar((step, (x, y)) for step in range(iters))
+        seen, saved, bar = [], [], Bar((step, [(x, y)]) for step in range(iters))
         monkeypatch.setattr(stage, "batches", lambda *given: bar)
         monkeypatch.setattr(stage, "save", lambda *given: saved.append(given[2]))
         monkeypatch.setattr(stage1, "LOG_EVERY", 1)
@@ -378,7 +378,7 @@ def test_batch_statistics_are_those_of_all_gpus(monkeypatch):
     """Of one process its own (3a)."""
     monkeypatch.setattr(nn.Module, "to", lambda model, device: model)  # there may be no GPU
     machine = stage1.Machine("cpu", amp=False)
-    machine.world, machine.device = 2, torch.device("cuda", 0)
+    machine.world, machine.cuda = 2, True
     kinds = [type(where.place(nn.BatchNorm2d(4))) for where in (CPU, machine)]
     assert kinds == [nn.BatchNorm2d, nn.SyncBatchNorm]
 

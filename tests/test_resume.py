@@ -363,11 +363,10 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     write_text(tmp_path / "log.jsonl", "")
-    end = {}, stage1_cam.Machine("cpu", False)
-    stage1_cam.save(tmp_path, model, optimizer, 1, 1, *end)
+    stage1_cam.save(tmp_path, model, optimizer, 1, 1, facts={})
     optimizer.state[model.weight]["exp_avg"][0, 0] = float("inf")
     with pytest.raises(ValueError, match="infinite or no number"):
-        stage1_cam.save(tmp_path, model, optimizer, 2, 2, *end)
+        stage1_cam.save(tmp_path, model, optimizer, 2, 2, facts={})
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
 
 
