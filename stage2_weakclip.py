@@ -48,7 +48,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torchvision.ops import stochastic_depth
 from tqdm import tqdm
 
 import clip
@@ -195,7 +194,7 @@ def name_tokens(classes, context_length):
     positions that CLIP's text encoder knows.
     AUDIT.md: (13b), (13c).
     """
-    tokens = clip.tokenize(list(classes), context_length - CONTEXTS)
+    tokens = clip.tokenize(classes, context_length - CONTEXTS)
     # The end token has the largest id, so argmax finds its place.
     return tokens[:, :tokens.argmax(1).max() + 1]  # (K, L)
 
@@ -443,11 +442,6 @@ class TextGuidedDecoder(nn.Module):
 # in CLIP's image encoder and 512 in its text encoder, D = 512, K = 21. Of the 171 million numbers
 # 21 million are trained.
 
-def to_grid(tokens, h, w):
-    """Tokens (B, h*w, C) -> grid (B, C, h, w): token number i*w + j is row i, column j."""
-    return tokens.transpose(1, 2).unflatten(2, (h, w)).contiguous()
-
-
 class WeakCLIP(nn.Module):
     """The network: image (B, 3, H, W) -> logits (B, K, H/4, W/4), score map (B, K, H/16, W/16).
 
@@ -467,7 +461,8 @@ class WeakCLIP(nn.Module):
         self.outputs = slice(None)  # channels that are classes: all, but of released COCO's 91 (32)
         self.register_buffer("token_ids", token_ids, persistent=False)
         K = len(token_ids)
-        width, channels = clip_model.visual.proj.shape  # of a token inside CLIP, of an embedding
+        visual = clip_model.visual
+        width, channels = visual.proj.shape  # of a token inside CLIP, of an embedding
         # GUESS trained parts shrink and grow with CLIP; half its embedding is ViT-B/16's 256
         half = channels // 2
 
@@ -490,16 +485,15 @@ class WeakCLIP(nn.Module):
 
         if not switches.positions_resized_once:
             # RELEASED positions_resized_once: stored at the training grid, resized from there (10)
-            visual = clip_model.visual
             table = clip.resize_positions(visual.positional_embedding, crop // 16, crop // 16)
-            visual.positional_embedding = nn.Parameter(table.detach().clone())
+            visual.positional_embedding = nn.Parameter(table)
         if switches.freeze_clip:
             # PAPER CLIP is frozen: what it learned from 400 million pairs, 10,582 noisy
             # seeds could only spoil. # RELEASED freeze_clip: all of it trains, at a tiny rate (1)
             clip_model.requires_grad_(False)
 
     def encode_image(self, image):
-        """Four grids (B, C, h, w), global (B, D) and dense (B, D, h, w) embeddings.
+        """Four grids (B, C, h, w), and V = [global; dense], the embeddings (B, 1 + h*w, D).
 
         image (B, 3, H, W) normalised; h = H // 16, w = W // 16; C is CLIP's width, D its
         embedding's, which images share with texts. CLIP drops the pixels beyond a multiple of 16.
@@ -515,7 +509,7 @@ class WeakCLIP(nn.Module):
         positions = clip.resize_positions(visual.positional_embedding, h, w)  # (1 + h*w, C)
         if not self.switches.class_embedding_once:
             # RELEASED class_embedding_once: the class token gets its embedding twice (10)
-            positions = torch.cat([positions[:1] + visual.class_embedding, positions[1:]])
+            positions[0] += visual.class_embedding
         # Nothing of a frozen CLIP needs a gradient, so torch keeps none of its activations: a batch
         # of crops fits into a fraction of the memory, and backward ends at the adapter.
         after = [visual.embed(image, positions)]  # after[n]: tokens (B, 1 + h*w, C) after n blocks
@@ -523,26 +517,18 @@ class WeakCLIP(nn.Module):
         # RELEASED drop_path: rising from 0 at the first block to 0.1 at the last (5)
         rates = np.linspace(0, self.switches.drop_path, len(blocks))
         for block, rate in zip(blocks, rates):
-            after.append(self.run_block(block, after[-1], rate))
+            after.append(block(after[-1], rate=rate))
         # CLIP projects its class token only. The same projection of every other token gives each
         # place a feature that can be compared with texts.
         embedded = visual.ln_post(after[-1]) @ visual.proj  # (B, 1 + h*w, D)
         # For ViT-B/16 the tokens after blocks 4, 6, 8 and 12.
         # GUESS the same parts of the depth for another CLIP
         taps = [round(len(blocks) * part) for part in (1 / 3, 1 / 2, 2 / 3, 1)]
-        # Token 0 is the class token. It belongs to no place, so the grids leave it out.
-        grids = [to_grid(after[n][:, 1:], h, w) for n in taps]  # four (B, C, h, w)
-        return grids, embedded[:, 0], to_grid(embedded[:, 1:], h, w)
-
-    def run_block(self, block, x, rate):
-        """Tokens (B, 1 + N, C) after one of CLIP's blocks, whose branches may be dropped (5).
-
-        Stochastic depth: in training each image keeps a branch with probability 1 - rate, times
-        1 / (1 - rate), so that on average it is what it was. At a rate of 0.1 nine of ten images
-        get it 1.11 times.
-        """
-        x = x + stochastic_depth(block.attn(block.ln_1(x)), rate, "row", self.training)
-        return x + stochastic_depth(block.mlp(block.ln_2(x)), rate, "row", self.training)
+        # Token 0 is the class token. It belongs to no place, so the grids leave it out. Of the
+        # others number i*w + j is row i, column j.
+        tokens = [after[n][:, 1:].transpose(1, 2) for n in taps]  # four (B, C, h*w)
+        grids = [x.unflatten(2, (h, w)).contiguous() for x in tokens]  # four (B, C, h, w)
+        return grids, embedded
 
     def encode_text(self):
         """Class texts (K, D): of each class [start, contexts, name, end], read at the end token.
@@ -561,19 +547,17 @@ class WeakCLIP(nn.Module):
             end = end + contexts.shape[1]  # the contexts moved it back by P
         return self.clip.encode_vectors(x, end)  # (K, D)
 
-    def match(self, global_, dense, text):
+    def match(self, visual, text, size):
         """Score map (B, K, h, w) in [-1, 1]: cosine of each place with each class text.
 
             s[b, k, u] = < V'[b, u] / |V'[b, u]| ,  T'[b, k] / |T'[b, k]| >
-        global_ (B, D), dense (B, D, h, w), text (K, D). V' and T' are what co-attention makes of
-        the embeddings and the texts; u runs over the h*w places.
+        visual: V (B, 1 + h*w, D), text (K, D), size (h, w). V' and T' are what co-attention makes
+        of the embeddings and the texts; u runs over the h*w places.
         AUDIT.md: (60).
         """
-        pixels = dense.flatten(2).transpose(1, 2)  # (B, h*w, D)
-        # The global embedding takes part as one more token: texts may look at the whole photo too.
-        visual = torch.cat([global_[:, None], pixels], 1)  # (B, 1 + h*w, D)
         text = text.expand(len(visual), -1, -1)  # (B, K, D)
         if self.switches.coattention:
+            # The global embedding takes part as one more token: texts may look at the whole photo.
             visual_diff, text_diff = self.coattention(visual, text)  # (B, 1+h*w, D), (B, K, D)
             text = text + self.gamma * text_diff  # T'
             visual = visual + self.beta * visual_diff  # V'
@@ -582,7 +566,7 @@ class WeakCLIP(nn.Module):
         text = F.normalize(text, dim=2)  # (B, K, D)
         visual = F.normalize(visual[:, 1:], dim=2)  # (B, h*w, D); the global token has served
         score = text @ visual.transpose(1, 2)  # (B, K, h*w)
-        return score.unflatten(2, dense.shape[2:])  # (B, K, h, w)
+        return score.unflatten(2, size)  # (B, K, h, w)
 
     def join_score_map(self, pyramid, score):
         """Text guidance: the pyramid with the score map as further channels, (B, C + K, ., .).
@@ -603,10 +587,10 @@ class WeakCLIP(nn.Module):
         image (B, 3, H, W) normalised; h = H // 16. text (K, D) from `encode_text`, to compute it
         once for many images. Raises ValueError for an image under 32 pixels.
         """
-        grids, global_, dense = self.encode_image(image)
+        grids, visual = self.encode_image(image)  # four (B, C, h, w); V (B, 1 + h*w, D)
         if text is None:
             text = self.encode_text()  # (K, D)
-        score = self.match(global_, dense, text)  # (B, K, h, w)
+        score = self.match(visual, text, grids[0].shape[2:])  # (B, K, h, w)
         pyramid = self.adapter(grids)  # four (B, C, ., .) at strides 4, 8, 16 and 32
         joined = self.join_score_map(pyramid, score)  # four (B, C + K, ., .)
         return self.decoder(joined), score
@@ -631,17 +615,13 @@ def seeding_loss(p, y):
     spills over an object's boundary.
     """
     nll = F.nll_loss(p.log(), y, ignore_index=IGNORE, reduction="none")  # (B, h, w)
-    background = y == 0
-    foreground = (y > 0) & (y != IGNORE)
     # In most photos background covers more than all objects together. In a plain mean "all is
     # background" would be a good answer; so each side has a mean of its own, and the same weight.
     # With 96 seed pixels of a bird among 64 * 64 = 4,096, each weighs as much as 42 of the sky.
-    return (mean_over(nll, background) + mean_over(nll, foreground)).mean()
-
-
-def mean_over(values, side):
-    """Mean (B,) of the values (B, h, w) where side (B, h, w) is true; 0 where it never is."""
-    return (values * side).sum((1, 2)) / side.sum((1, 2)).clamp(min=1)
+    loss = 0
+    for side in (y == 0, (y > 0) & (y != IGNORE)):  # background, foreground: (B, h, w)
+        loss = loss + (nll * side).sum((1, 2)) / side.sum((1, 2)).clamp(min=1)  # (B,)
+    return loss.mean()
 
 
 def boundary_loss(p, q):
@@ -744,13 +724,13 @@ def crf_image(image, size, switches):
     """
     if switches.aligned:
         # GUESS the low-pass is a plain average: a cell's colour is that of all its pixels
-        x = F.interpolate(image.float(), size, mode="area")
+        x = F.interpolate(image, size, mode="area")
     else:
         # In float64, as the released code's scipy has it (22), on the CPU because MPS has none.
         x = resize(image.cpu().double(), size, align_corners=True).float().to(image)
     mean, std = torch.tensor(colours_of(switches), device=x.device)[..., None, None]  # (3, 1, 1)
     # Cut, not rounded, in both variants, as the released code does (22).
-    return (x * std + mean).clamp(0, 255).to(torch.uint8)
+    return (x * std + mean).clamp(0, 255).byte()
 
 
 def weakclip_losses(logits, score, image, seeds, switches):
@@ -761,7 +741,7 @@ def weakclip_losses(logits, score, image, seeds, switches):
     All is computed in float32.
     AUDIT.md: (35), (17), (67).
     """
-    size = (image.shape[2] // 8, image.shape[3] // 8)
+    size = tuple(side // 8 for side in image.shape[2:])
     p = loss_probs(logits.float(), size, switches.aligned)  # (B, K, H/8, W/8)
     y = resize_labels(seeds, size, switches.aligned)  # (B, H/8, W/8)
     terms = {"loss_seeding": seeding_loss(p, y)}
@@ -799,7 +779,7 @@ def resize_image(image, size):
     """
     x = torch.from_numpy(image).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
     # Rounded, not cut: cutting would make every resized photo half a grey level darker.
-    x = resize(x, size)[0].round().to(torch.uint8)  # (3, h, w)
+    x = resize(x, size)[0].round().byte()  # (3, h, w)
     return x.permute(1, 2, 0).numpy()
 
 

@@ -24,11 +24,12 @@ throughout, where OpenAI's code has (L, B, C). Parameter names are those of Open
 that official weights load strictly.
 """
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import stochastic_depth
 
 # OpenAI's archives carry three scalars beside the weights; the shapes of the weights say the same.
 EXTRA_KEYS = ("input_resolution", "context_length", "vocab_size")
@@ -61,32 +62,32 @@ class Attention(nn.Module):
     heads of d = 64: divided by that, the softmax begins neither flat nor as a hard choice.
     The three projections are stacked in one matrix (3C, C), as in OpenAI's weights. All heads lie
     in it, and their number cannot be read from it: those of OpenAI's transformers are all 64 wide.
+    causal: each token attends to itself and those before it, not to all.
     AUDIT.md: (38).
     """
 
-    def __init__(self, width):
+    def __init__(self, width, causal):
         super().__init__()
         self.heads = max(1, width // 64)
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.causal = causal
         self.out_proj = nn.Linear(width, width)
         # A sum over `width` inputs of size 1 keeps size 1.
-        nn.init.normal_(self.in_proj_weight, std=width ** -0.5)
+        self.in_proj_weight = nn.Parameter(width ** -0.5 * torch.randn(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
 
     def split(self, x):
-        """(B, L, C) -> query, key, value, each (B, heads, L, C / heads)."""
+        """(B, L, C) -> query, key and value in one, (3, B, heads, L, C / heads)."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)              # (B, L, 3C)
         # Channels lie in the order q, k, v, and within each head by head.
         qkv = qkv.unflatten(2, (3, self.heads, -1))                 # (B, L, 3, heads, C / heads)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return qkv.permute(2, 0, 3, 1, 4)
 
-    def forward(self, x, causal=False):
-        """causal: each token attends to itself and those before it, not to all."""
+    def forward(self, x):
         q, k, v = self.split(x)
         # softmax(q k' / sqrt(d)) v. The library's version works in blocks and never writes the
         # (L, L) matrix out. Seeds from CLIP (stage 1) need that matrix, with q and k from `split`.
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, L, C / heads)
-        # The heads stand side by side again, and out_proj mixes them.
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        # Of (B, heads, L, C / heads) the heads stand side by side again, and out_proj mixes them.
         return self.out_proj(x.transpose(1, 2).flatten(2))                     # (B, L, C)
 
 
@@ -99,9 +100,9 @@ class ResidualAttentionBlock(nn.Module):
     The norms stand inside the branches, so that x itself runs through all blocks as a plain sum.
     """
 
-    def __init__(self, width, layers):
+    def __init__(self, width, layers, causal):
         super().__init__()
-        self.attn = Attention(width)
+        self.attn = Attention(width, causal)
         self.ln_1 = nn.LayerNorm(width)
         # by name, not by number: the weights are called mlp.c_fc.* and mlp.c_proj.*
         self.mlp = nn.Sequential(OrderedDict(
@@ -112,26 +113,24 @@ class ResidualAttentionBlock(nn.Module):
         # 2 * layers outputs are added up. Were each of the usual size, the sum would grow with the
         # depth; so each starts smaller by sqrt(2 * layers), 4.9 for 12, and the sum keeps its size.
         for last in (self.attn.out_proj, self.mlp.c_proj):
-            nn.init.normal_(last.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(last.weight, std=(2 * layers * width) ** -0.5)
         nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
 
-    def forward(self, x, causal=False):
-        x = x + self.attn(self.ln_1(x), causal)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, rate=0.0):
+        """rate: of stochastic depth, which CLIP is without and the released WeakCLIP has (5).
+
+        In training each image keeps a branch with probability 1 - rate, times 1 / (1 - rate), so
+        that on average it is what it was. At a rate of 0.1 nine of ten images get it 1.11 times.
+        """
+        x = x + stochastic_depth(self.attn(self.ln_1(x)), rate, "row", self.training)
+        return x + stochastic_depth(self.mlp(self.ln_2(x)), rate, "row", self.training)
 
 
-class Transformer(nn.Module):
-    """`layers` blocks one after another, (B, L, C) -> (B, L, C)."""
-
-    def __init__(self, width, layers):
-        super().__init__()
-        blocks = [ResidualAttentionBlock(width, layers) for _ in range(layers)]
-        self.resblocks = nn.ModuleList(blocks)
-
-    def forward(self, x, causal=False):
-        for block in self.resblocks:
-            x = block(x, causal)
-        return x
+def transformer(width, layers, causal=False):
+    """`layers` blocks one after another, (B, L, C) -> (B, L, C); they are its `resblocks`."""
+    blocks = [ResidualAttentionBlock(width, layers, causal) for _ in range(layers)]
+    # The name is OpenAI's: weights are called transformer.resblocks.11.ln_1.bias.
+    return nn.Sequential(OrderedDict(resblocks=nn.Sequential(*blocks)))
 
 
 # --------------------------------------------------------------------------- the image encoder
@@ -148,7 +147,7 @@ def resize_positions(table, h, w):
         8  12      8   9  11  12
     AUDIT.md: (41).
     """
-    side = math.isqrt(table.shape[0] - 1)
+    side = math.isqrt(len(table) - 1)
     grid = table[1:].T.unflatten(1, (side, side))[None]                        # (1, C, side, side)
     grid = F.interpolate(grid, (h, w), mode="bilinear")
     grid = grid[0].flatten(1).T                                                # (h*w, C)
@@ -173,7 +172,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(positions, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers)
+        self.transformer = transformer(width, layers)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
 
@@ -222,31 +221,33 @@ class CLIP(nn.Module):
                  vision_patch_size=16, context_length=77, vocab_size=49408, transformer_width=512,
                  transformer_layers=12):
         super().__init__()
-        width = transformer_width
         self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width,
                                         vision_layers, embed_dim)
-        self.transformer = Transformer(width, transformer_layers)
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
-        self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, embed_dim))
+        self.transformer = transformer(transformer_width, transformer_layers, causal=True)
+        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.positional_embedding = nn.Parameter(
+            0.01 * torch.randn(context_length, transformer_width))
+        self.ln_final = nn.LayerNorm(transformer_width)
+        self.text_projection = nn.Parameter(
+            transformer_width ** -0.5 * torch.randn(transformer_width, embed_dim))
         # The logarithm of 1 / temperature: whatever training does to it, the temperature stays
         # positive. It began at log(1 / 0.07) = 2.66 and ended at its limit, log(100) = 4.61.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     @classmethod
-    def from_state_dict(cls, state):
+    def from_state_dict(cls, state, source="its CLIP"):
         """The model that a state dict (OpenAI's names) belongs to, loaded strictly, in float32 and
         in eval mode. The numbers are copied.
 
-        Raises ValueError (one line) where a key is missing, unexpected or of another shape.
+        Raises ValueError (one line that begins with `source`) where a key is missing, unexpected or
+        of another shape.
         AUDIT.md: (15).
         """
         try:
             # OpenAI's archives hold half precision, which CPUs are slow in and training is unstable
             # in.
-            floats = {name: value.detach().to(torch.float32, copy=True)
+            floats = {name: value.clone().float()
                       for name, value in state.items() if name not in EXTRA_KEYS}
             # On the "meta" device a model has shapes but no memory, so that 150 million numbers
             # need not be drawn first; `assign` then makes the copies its parameters.
@@ -254,8 +255,8 @@ class CLIP(nn.Module):
                 model = cls(**sizes_of(floats))
             model.load_state_dict(floats, assign=True)
         except (AttributeError, LookupError, RuntimeError, TypeError) as e:
-            raise ValueError("not a CLIP (HuggingFace's form of it has other names); wanted is "
-                             "OpenAI's ViT-B-16.pt or its state dict; missing or wrong: "
+            raise ValueError(f"{source}: not a CLIP (HuggingFace's form of it has other names); "
+                             "wanted is OpenAI's ViT-B-16.pt or its state dict; missing or wrong: "
                              f"{' '.join(str(e).split())}") from None
         return model.eval()
 
@@ -283,7 +284,7 @@ class CLIP(nn.Module):
         So stage 2 puts vectors of its own among those of a class's name.
         """
         x = x + self.positional_embedding[:x.shape[1]]                         # (B, L, C)
-        x = self.ln_final(self.transformer(x, causal=True))                    # (B, L, C)
+        x = self.ln_final(self.transformer(x))                                 # (B, L, C)
         # x[0, end[0]], x[1, end[1]], ...: (B, C), and projected (B, embed_dim)
         return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
 
@@ -294,8 +295,8 @@ class CLIP(nn.Module):
         larger by 0.01 makes a text e times as likely: CLIP's cosines lie close together.
         AUDIT.md: (40).
         """
-        image = F.normalize(self.encode_image(image), dim=1)                   # unit length
-        text = F.normalize(self.encode_text(tokens), dim=1)
+        image = F.normalize(self.encode_image(image))       # every row is of unit length
+        text = F.normalize(self.encode_text(tokens))
         return self.logit_scale.exp() * image @ text.T                         # (B_image, B_text)
 
 
@@ -308,15 +309,15 @@ def sizes_of(state):
     width, _, _, patch = state["visual.conv1.weight"].shape
     # One norm ln_1 stands in each block, and its weights have names like
     # visual.transformer.resblocks.11.ln_1.bias and transformer.resblocks.11.ln_1.bias.
-    norms = [name for name in state if name.endswith(".ln_1.bias")]
+    layers = Counter(name.split(".")[0] for name in state if name.endswith(".ln_1.bias"))
     return {
         "embed_dim": state["text_projection"].shape[1],
         "image_resolution": math.isqrt(len(state["visual.positional_embedding"]) - 1) * patch,
-        "vision_layers": sum(name.startswith("visual.") for name in norms),
+        "vision_layers": layers["visual"],
         "vision_width": width,
         "vision_patch_size": patch,
-        "context_length": state["positional_embedding"].shape[0],
-        "vocab_size": state["token_embedding.weight"].shape[0],
-        "transformer_width": state["ln_final.weight"].shape[0],
-        "transformer_layers": sum(name.startswith("transformer.") for name in norms),
+        "context_length": len(state["positional_embedding"]),
+        "vocab_size": len(state["token_embedding.weight"]),
+        "transformer_width": len(state["ln_final.weight"]),
+        "transformer_layers": layers["transformer"],
     }

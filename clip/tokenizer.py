@@ -39,13 +39,13 @@ MERGES = 49152 - 256 - 2
 # Ids 49406 and 49407. That END is the largest of all is how the text encoder finds it.
 START, END = "<|startoftext|>", "<|endoftext|>"
 # What a text is cut into. "don't, 2020!" is: don  't  ,  2  0  2  0  !
-PIECES = "|".join([
-    r"<\|startoftext\|>|<\|endoftext\|>",
-    r"'s|'t|'re|'ve|'m|'ll|'d",  # English endings
-    r"[\p{L}]+",                 # letters in a row, of any script
-    r"[\p{N}]",                  # digits one by one
-    r"[^\s\p{L}\p{N}]+",         # other signs in a row
-])
+PIECES = (
+    r"<\|startoftext\|>|<\|endoftext\|>|"
+    r"'s|'t|'re|'ve|'m|'ll|'d|"  # English endings
+    r"[\p{L}]+|"                 # letters in a row, of any script
+    r"[\p{N}]|"                  # digits one by one
+    r"[^\s\p{L}\p{N}]+"          # other signs in a row
+)
 
 
 def byte_symbols():
@@ -58,12 +58,10 @@ def byte_symbols():
     one symbol, since captions had it often enough.
     The order counts: a byte's place in this table is its token id, so "!" is 0 and "a" is 64.
     """
-    ranges = (("!", "~"), ("¡", "¬"), ("®", "ÿ"))
-    printable = [byte for first, last in ranges for byte in range(ord(first), ord(last) + 1)]
-    moved = [byte for byte in range(256) if byte not in printable]
-    table = {byte: chr(byte) for byte in printable}
-    table |= {byte: chr(256 + i) for i, byte in enumerate(moved)}
-    return table
+    # "!" to "~", "¡" to "¬" and "®" to "ÿ". Python counts the space as printable too.
+    table = {byte: chr(byte) for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "}
+    moved = [byte for byte in range(256) if byte not in table]
+    return table | {byte: chr(256 + i) for i, byte in enumerate(moved)}
 
 
 @cache
@@ -72,7 +70,7 @@ def vocabulary():
 
     A merge's rank is its place in the list, 0 for the pair that was commonest when the list began.
     """
-    lines = gzip.decompress(VOCABULARY.read_bytes()).decode("utf-8").split("\n")
+    lines = gzip.decompress(VOCABULARY.read_bytes()).decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1:MERGES + 1]]  # without the header
     symbols = list(byte_symbols().values())                         # ids 0 to 255
     symbols += [s + "</w>" for s in symbols]                        # 256 to 511
@@ -100,22 +98,11 @@ def merge(word):
         best = min(pairs, key=lambda pair: ranks.get(pair, MERGES))
         if best not in ranks:
             break
-        parts = join(parts, best)
+        # Joined where it stands first; if it stands elsewhere too, it is the best pair once more,
+        # since every pair with the new symbol was learned later than the symbol itself.
+        i = pairs.index(best)
+        parts[i:i + 2] = ["".join(best)]
     return tuple(parts)
-
-
-def join(parts, pair):
-    """`parts` with each occurrence of the two neighbours `pair` made one, from left to right.
-
-    Of three in a row the first two are joined: a a a with the pair (a, a) is aa a.
-    """
-    joined = []
-    for part in parts:
-        if joined and (joined[-1], part) == pair:
-            joined[-1] += part  # longer than pair[0] now, so it is not joined twice
-        else:
-            joined.append(part)
-    return joined
 
 
 def encode(text):
@@ -133,11 +120,10 @@ def encode(text):
     text = " ".join(text.split()).lower()  # all white space is alike, and so are "Cat" and "cat"
     out = []
     for piece in regex.findall(PIECES, text, regex.IGNORECASE):
-        if piece in (START, END):  # a special token inside a string stays one token
-            out.append(ids[piece])
-        else:
-            word = "".join(symbols[byte] for byte in piece.encode("utf-8"))
-            out += [ids[symbol] for symbol in merge(word)]
+        word = "".join(symbols[byte] for byte in piece.encode())
+        # A special token inside a string stays one token.
+        parts = [word] if word in (START, END) else merge(word)
+        out += [ids[part] for part in parts]
     return out
 
 
@@ -150,10 +136,9 @@ def tokenize(texts, context_length=77):
     off, it would be another text.
     AUDIT.md: (44).
     """
-    _, ids = vocabulary()
     out = torch.zeros(len(texts), context_length, dtype=torch.int64)           # (n, L)
     for row, text in zip(out, texts):
-        tokens = [ids[START], *encode(text), ids[END]]
+        tokens = encode(START) + encode(text) + encode(END)
         if len(tokens) > context_length:
             raise ValueError(f"{text!r}: {len(tokens)} tokens with start and end, "
                              f"the context has {context_length}")

@@ -2,8 +2,8 @@
 
 A file that torch.save writes is a pickle and, beside it, raw numbers ("storages"). A pickle is a
 program for a small stack machine, and Python's machine imports and calls what it names: a
-stranger's file could do anything. `Reader` is that machine with four names to call; names of
-storages mean dtypes, and every other name a class that does nothing. Three layouts are read:
+stranger's file could do anything. `Reader` is that machine with four names to call; every other
+name is a class that does nothing. torch.load reads three layouts with it:
 
     zip          torch.save since 2020: <root>/data.pkl, and a record <root>/data/<key> per storage
     TorchScript  the same with compiled code beside it, which is not looked at; OpenAI's CLIP files
@@ -13,12 +13,8 @@ import hashlib
 import io
 import pickle
 import zipfile
-from collections import OrderedDict
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 from .model import CLIP
@@ -43,7 +39,7 @@ def fetch(url, digest, folder, instead):
     folder: may begin with ~. instead: the option that does without, for the message.
     Raises ValueError (one line) where the network, the disk or the digest is at fault.
     """
-    place = Path(folder, url.rsplit("/", 1)[1])
+    place = Path(folder, Path(url).name)
     try:
         path = place.expanduser()
         if not path.is_file():
@@ -72,11 +68,7 @@ def load(name, seed=0):
     path = fetch(URL, DIGEST, "~/.cache/clip", "--clip FILE") if name == NAME else Path(name)
     if not path.is_file():
         raise ValueError(f"--clip {name}: neither a file nor {NAME}")
-    state = read_file(path, "CLIP")
-    try:
-        model = CLIP.from_state_dict(state)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
+    model = CLIP.from_state_dict(read_file(path, "CLIP"), path)
     if model.visual.conv1.kernel_size != (16, 16):  # the pyramid adapter is made for these
         raise ValueError(f"{path}: patches of 16 x 16 pixels are expected, as of {NAME}")
     return model, file_sha256(path)
@@ -99,62 +91,36 @@ class Inert:
         self.state = state
 
 
-def rebuild_tensor(storage, offset, size, stride, *rest):
-    """A view into a storage. torch refuses one that reaches beyond it."""
-    return torch.empty(0, dtype=storage.dtype).set_(storage, offset, size, stride)
-
-
-def rebuild_parameter(tensor, *rest):
-    """The tensor of an nn.Parameter."""
-    return tensor
-
-
-KNOWN = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
-}
-# A storage's class says what its numbers are: torch.HalfStorage -> torch.float16
-for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool"):
-    KNOWN["torch", f"{kind}Storage"] = getattr(torch, f"{kind}Tensor").dtype
+# (module, name) of what torch.save writes for tensors and dicts of them. Storages have names too,
+# torch.HalfStorage say; torch.load asks for none of these, it takes them for dtypes.
+KNOWN = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor"),
+         ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
 
 
 class Reader(pickle.Unpickler):
-    """Python's machine for pickles, where a name means what KNOWN says, or else an inert class."""
+    """Python's machine for pickles, where only the names in KNOWN mean what they say."""
 
     def find_class(self, module, name):
         """The one way by which a pickle gets at anything outside of it."""
-        return KNOWN.get((module, name)) or type(name, (Inert,), {})
+        if (module, name) in KNOWN:
+            return super().find_class(module, name)
+        return type(name, (Inert,), {})
 
 
-# What torch.load uses of the module `pickle`
-PICKLE = SimpleNamespace(__name__="pickle", Unpickler=Reader,
-                         load=lambda f, **options: Reader(f, **options).load())
+class Pickle:
+    """What torch.load uses of the module `pickle`, with `Reader` in the place of its machine."""
 
+    Unpickler = Reader
 
-def read_zip(path):
-    """Value of a zip that torch wrote; of a TorchScript archive its state dict.
-
-    torch.load is not asked: it hands an archive to torch.jit.load, which may run its code.
-    """
-    with zipfile.ZipFile(path) as records:
-        root = records.namelist()[0].split("/")[0]
-
-        @cache  # one storage, however many tensors are views of it
-        def storage(pid):
-            _, dtype, key, _, _ = pid  # "storage", torch.float16, "0", "cpu", its length
-            data = np.frombuffer(bytearray(records.read(f"{root}/data/{key}")), np.uint8)
-            return torch.from_numpy(data).view(dtype)
-
-        reader = Reader(io.BytesIO(records.read(f"{root}/data.pkl")))
-        reader.persistent_load = storage
-        value = reader.load()
-        return flatten(value) if f"{root}/constants.pkl" in records.namelist() else value
+    @staticmethod
+    def load(file, **options):
+        """The value of one pickle."""
+        return Reader(file, **options).load()
 
 
 def flatten(module, prefix=""):
-    """Tree of a TorchScript archive's modules -> {"visual.conv1.weight": tensor}."""
+    """Tree of a TorchScript archive's modules, which come out inert, but hold their tensors ->
+    {"visual.conv1.weight": tensor}."""
     state = {}
     for name, value in module.state.items():
         if isinstance(value, Inert):
@@ -172,13 +138,15 @@ def read_file(path, what):
     AUDIT.md: (43).
     """
     try:
-        with open(path, "rb") as f:
-            start = f.read(2)
-        if start == b"PK":
-            return read_zip(path)
-        if start[:1] == b"\x80":  # the first instruction of a pickle
-            return torch.load(path, map_location="cpu", pickle_module=PICKLE, weights_only=False)
-        raise ValueError("torch.save did not write it")
+        # A zip with a record constants.pkl is TorchScript's. torch.load would hand it on to
+        # torch.jit.load, which may run its code; renamed, it is a zip like any other.
+        content = Path(path).read_bytes().replace(b"constants.pkl", b"constants.not")
+        # torch does not look at a zip's checksums, and would take a changed number as it is.
+        if content[:2] == b"PK" and zipfile.ZipFile(io.BytesIO(content)).testzip():
+            raise ValueError("it is damaged")
+        value = torch.load(io.BytesIO(content), map_location="cpu", pickle_module=Pickle,
+                           weights_only=False)
+        return flatten(value) if isinstance(value, Inert) else value
     except Exception as e:  # a broken file can raise nearly anything
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         raise ValueError(f"{path}: not a readable {what} ({reason})") from None

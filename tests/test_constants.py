@@ -146,20 +146,20 @@ def test_normalisation():
 
 def test_drop_path_rises_to_a_tenth_over_the_blocks_and_only_in_training(monkeypatch):
     """From 0 at the first block, on attention and MLP (5a)."""
-    seen, x, whole = [], torch.randn(1, 3, 64, 64), stage2.stochastic_depth
+    seen, x, whole = [], torch.randn(1, 3, 64, 64), clip.model.stochastic_depth
 
     def drop(branch, rate, mode, training):
         seen.append(rate * training)
         return whole(branch, rate, mode, training)
-    monkeypatch.setattr(stage2, "stochastic_depth", drop)
+    monkeypatch.setattr(clip.model, "stochastic_depth", drop)
     network(stage2.RELEASED).train().encode_image(x)
     assert seen == pytest.approx([0, 0, 0.05, 0.05, 0.1, 0.1])  # of three blocks
     network(stage2.RELEASED).eval().encode_image(x)
     network(stage2.PAPER).train().encode_image(x)
     assert not any(seen[6:])
-    block, x = network(stage2.RELEASED).train(), torch.randn(1000, 2, 8)
-    out = block.run_block(SimpleNamespace(attn=torch.ones_like, mlp=torch.zeros_like,
-                                          ln_1=nn.Identity(), ln_2=nn.Identity()), x, 0.1) - x
+    block, x = SimpleNamespace(attn=torch.ones_like, mlp=torch.zeros_like, ln_1=nn.Identity(),
+                               ln_2=nn.Identity(), training=True), torch.randn(1000, 2, 8)
+    out = clip.model.ResidualAttentionBlock.forward(block, x, rate=0.1) - x
     assert sorted(set(out.round(decimals=3).flatten().tolist())) == pytest.approx([0, 1.111])
     assert torch.allclose(out, out[:, :1, :1].expand_as(out), atol=1e-5)  # an image's as a whole
 
@@ -168,7 +168,7 @@ def test_drop_path_rises_to_a_tenth_over_the_blocks_and_only_in_training(monkeyp
 def test_in_paper_the_global_embedding_is_clips():
     """Class embedding (10a) and positions (10b) as in CLIP itself, at a size not its own."""
     x, model = torch.randn(2, 3, 48, 80), network()
-    torch.testing.assert_close(model.encode_image(x)[1], model.clip.encode_image(x))
+    torch.testing.assert_close(model.encode_image(x)[1][:, 0], model.clip.encode_image(x))
 
 
 # ========================================================================= optimizer and schedule

@@ -144,16 +144,17 @@ def forward(path):
     given, crop = g["eval"], model.crop
     assert g["config"]["crop_size"] == [crop] * 2 and g["config"]["stride"] == [2 * crop // 3] * 2
     out = {}
-    grids, out["global_embedding"], out["dense_embedding"] = model.encode_image(g["img"])
+    grids, visual = model.encode_image(g["img"])
+    size = grids[0].shape[2:]
+    out["global_embedding"] = visual[:, 0]
+    out["dense_embedding"] = visual[:, 1:].transpose(1, 2).unflatten(2, size)
     text = model.encode_text()
     out["text_embeddings_encoder"] = text[None]
-    pixels = out["dense_embedding"].flatten(2).transpose(1, 2)
-    visual = torch.cat([out["global_embedding"][:, None], pixels], 1)
     out["visual_context_in"] = visual
     out["visual_diff"], out["text_diff"] = model.coattention(
         visual, text.expand(len(visual), -1, -1))
     out["text_embeddings_final"] = text + model.gamma * out["text_diff"]
-    out["score_map"] = model.match(out["global_embedding"], out["dense_embedding"], text)
+    out["score_map"] = model.match(visual, text, size)
     levels = {"pyramid": model.adapter(grids)}
     levels["pyramid_cat"] = model.join_score_map(levels["pyramid"], out["score_map"])
     levels["neck"] = model.decoder.neck(levels["pyramid_cat"])
