@@ -87,7 +87,7 @@ class Classifier(nn.Module):
     def __init__(self, arch, weights, n_classes):
         super().__init__()
         # layer4 keeps its resolution (output stride 16, not 32), so the maps are twice as fine
-        self.backbone, channels = resnet(arch, weights, (None, 1))
+        self.backbone, channels = resnet(arch, weights, layer4=1)
         self.classifier = nn.Conv2d(channels, n_classes, 1, bias=False)
         self.pretrained = weights != "none"
         if self.pretrained:
@@ -123,15 +123,12 @@ def class_maps(model, image, present, crop, machine):
     # At scale 1 a photo has a size that training has shown; the other scales, IRN's, go beyond.
     # GUESS the long side ends between training's mean, 0.9375 crop, and its largest, 1.25 crop: 480
     # to 640 pixels at crop 512, so that nearly all of VOC's photos (500 pixels) stay as they are.
-    long_side = min(max(H, W, 0.9375 * crop), 1.25 * crop)
+    factor = min(max(H, W, 0.9375 * crop), 1.25 * crop) / max(H, W)
     total = 0
     # A large view shows the network details, a small one the whole object, a mirrored one the same
     # thing elsewhere on its grid. What is seen in all of them is less likely to be an accident.
     for scale in CAM_SCALES:
-        factor = scale * (long_side / max(H, W))
-        size = [max(32, round(n * factor)) for n in (W, H)]                   # width, height
-        view = Image.fromarray(image).resize(size, Image.BICUBIC)
-        x = normalise(view, IMAGENET_COLOURS)                                 # (3, H', W')
+        x = scaled(image, scale * factor, 32)                                 # (3, H', W')
         pair = torch.stack([x, x.flip(2)]).to(machine.device)                 # (2, 3, H', W')
         with machine.autocast:
             # What speaks against a class in one view must not cancel what speaks for it in another:
@@ -164,40 +161,30 @@ def cam_grid(H, W):
 def cam_scores(cams, size):
     """A score of every pixel for background and each CAM's class (1 + J, H, W), float32 in [0, 1].
 
-    cams (J, h, w) in [0, 1], size (H, W) of the photo. J may be 0.
+    cams (J, h, w) in [0, 1], a tensor on the CPU; size (H, W) of the photo. J may be 0.
 
     Background's score is the same everywhere. It cannot be learned: no label ever names background,
     and since all photos have some, there is none without it to compare with. So the constant is a
     threshold that a class must exceed. If it is raised, seeds shrink to the places that are surest;
     if it is lowered, they spill over the objects' rims.
+    AUDIT.md: (54).
     """
-    cams = torch.as_tensor(cams).float()[:, None]                             # (J, 1, h, w)
-    cams = resize(cams, size)[:, 0]                                           # (J, H, W)
+    cams = resize(cams.float()[:, None], size)[:, 0]                          # (J, H, W)
     return torch.cat([torch.full((1, *size), CAM_THRESHOLD), cams])           # (1 + J, H, W)
 
 
-def seeds_from_cams(present, cams, size):
-    """The seed (H, W) uint8: at each pixel the class with the largest score, 0 for background.
+def label_map(scores, present, least):
+    """A label map (H, W) uint8: at each pixel the class with the largest score, 0 for background.
 
-    present (J,) class numbers from 1, cams (J, h, w) in [0, 1], size (H, W). Every pixel gets a
-    class; 255, unsure, is for the seeds of other methods.
-    AUDIT.md: (54).
+    scores (1 + J, H, W) of background and the J classes `present`, numbers from 1. A pixel whose
+    largest score is below `least` is 255, unsure.
     """
-    winner = cam_scores(cams, size).argmax(0)                                 # (H, W) in 0..J
-    return torch.tensor([0, *present])[winner].byte().numpy()
+    best, index = scores.cpu().max(0)                                         # (H, W), in 0..J
+    labels = torch.tensor([0, *present])[index]
+    return labels.where(best >= least, IGNORE).byte().numpy()
 
 
-def classifier_seed(model, image, present, crop, machine):
-    """One photo's CAMs and seed: (arrays for its .npz, label map (H, W) uint8).
-
-    There is one array, "cam" (J, H/4, W/4) float16 in [0, 1].
-    """
-    # Rounded before the seed is taken, so that whoever reads the file can make the same seed of it.
-    cams = class_maps(model, image, present, crop, machine).half().cpu()      # (J, H/4, W/4)
-    return {"cam": cams}, seeds_from_cams(present, cams, image.shape[:2])
-
-
-def write_seeds(make, data, ids, labels, machine, folder):
+def write_seeds(make, data, labels, machine, folder):
     """Write cams/<id>.npz and seeds/<id>.png for every id that has no seed yet.
 
     make(image, present) -> (arrays, label map), of either method; labels: {id: class numbers from
@@ -205,13 +192,14 @@ def write_seeds(make, data, ids, labels, machine, folder):
     own share of the ids. A file appears whole or not at all, the seed as the second of the two. So
     a photo with a seed is done, and a run that was cut off goes on with the next.
     """
-    for image_id in tqdm(machine.share(ids), desc="CAMs", disable=not MAIN):
+    share = machine.share(list(labels.items()))
+    for image_id, present in tqdm(share, desc="CAMs", disable=not MAIN):
         seed_path = folder / f"seeds/{image_id}.png"
         if seed_path.is_file():
             continue
-        arrays, seed = make(data.image(image_id), labels[image_id])
+        arrays, seed = make(data.image(image_id), present)
         check_output(image_id, arrays["cam"])
-        arrays["keys"] = np.array(labels[image_id], np.uint8)
+        arrays["keys"] = np.uint8(present)
         cam_path = folder / f"cams/{image_id}.npz"
         write_whole(cam_path, lambda file: np.savez_compressed(file, **arrays))
         write_label(seed_path, seed)
@@ -220,12 +208,12 @@ def write_seeds(make, data, ids, labels, machine, folder):
 
 # ------------------------------------------------------------------------------------- the backbone
 
-def resnet(arch, weights, dilations):
+def resnet(arch, weights, **dilations):
     """A torchvision ResNet up to layer4, an nn.Sequential, and how many channels come out of it.
 
     weights: "imagenet" (torchvision's, downloaded once, its hash checked), "none", or the path of a
-    file with a state dict. dilations (layer3, layer4): None keeps stride 2; d sets stride 1 and
-    dilates the 3x3 convolutions by d. Raises ValueError for a file that does not fit.
+    file with a state dict. dilations: layer4=d takes the stride of 2 out of that layer and dilates
+    its 3x3 convolutions by d. Raises ValueError for a file that does not fit.
 
     A ResNet made for classification ends at 1/32 of the image's size, too coarse for a map. Without
     a stride the grid stays fine, but then a 3x3 filter sees half as far on the photo. Dilated by 2
@@ -235,7 +223,14 @@ def resnet(arch, weights, dilations):
         stride 1               . . x x x . .   half the reach
         stride 1, d = 2        . x . x . x .   the old reach, and twice as many outputs
 
-    Stage 3 does so; stage 1 does without (d = 1), as IRN.
+    Stage 3 does so; stage 1 does without (d = 1), as IRN. It is done by hand, since torchvision
+    refuses dilation in ResNet-18's blocks. It would also leave the 3x3 that had the stride
+    undilated; here that one sees twice as far.
+
+    The BatchNorm of weights that are given is in eval mode, so that its statistics stay: a batch of
+    16 crops is a poor estimate of what 1.3 million images have measured. A network that starts from
+    nothing has none yet, and BatchNorm learns them with the rest. Networks are made in training
+    mode, so no loop calls train(), which would undo this.
     """
     net = getattr(torchvision.models, arch)()
     if weights == "imagenet":
@@ -250,25 +245,18 @@ def resnet(arch, weights, dilations):
             load_trained(net, clip.read_file(weights, "file of weights"), ("fc.",))
         except ValueError as error:
             raise ValueError(f"--weights {weights}: no {arch}'s ({error})") from None
-    for layer, dilation in zip((net.layer3, net.layer4), dilations):
-        if dilation:
-            dilate(layer, dilation)
-    # After maxpool and after layer1 the grid is H/4 x W/4, after layer2 H/8 x W/8.
-    return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool,
-                         net.layer1, net.layer2, net.layer3, net.layer4), net.fc.in_features
-
-
-def dilate(layer, dilation):
-    """Take the stride out of a ResNet's layer and dilate its 3x3 convolutions; in place.
-
-    By hand, since torchvision refuses dilation in ResNet-18's blocks. It would also leave the 3x3
-    that had the stride undilated; here that one sees twice as far.
-    """
-    for module in layer.modules():
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)
-            if module.kernel_size == (3, 3):
-                module.dilation = module.padding = (dilation, dilation)
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    for name, dilation in dilations.items():
+        for module in net.get_submodule(name).modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+                if module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (dilation, dilation)
+    # conv1, bn1, relu, maxpool, and layer1 to layer4; the mean over places and the linear layer are
+    # left out. After maxpool and after layer1 the grid is H/4 x W/4, after layer2 H/8 x W/8.
+    return nn.Sequential(*list(net.children())[:-2]), net.fc.in_features
 
 
 def conv_layout(x):
@@ -287,18 +275,8 @@ def weights_digest(arch, weights):
 
     Raises ValueError for a file, or a download, that does not fit: before any work is begun.
     """
-    resnet(arch, weights, (None, None))
+    resnet(arch, weights)
     return weights if weights in ("imagenet", "none") else clip.file_sha256(weights)
-
-
-def fix_batchnorm(model):
-    """Put BatchNorm in eval mode, so that its pre-trained statistics stay; call it after train().
-
-    A batch of 16 crops is a poor estimate of what 1.3 million images have measured.
-    """
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            module.eval()
 
 
 # ---------------------------------------------------------------------------- the classifier's data
@@ -311,19 +289,27 @@ def labelled_image(data, labels, crop, image_id, rng):
     1}; rng: numpy's generator, of this sample alone (see `Samples`).
     AUDIT.md: (52).
     """
-    image = Image.fromarray(data.image(image_id))
-    scale = rng.uniform(0.625, 1.25) * crop / max(image.size)
-    size = [max(1, round(n * scale)) for n in image.size]               # Pillow: width, height
-    x = normalise(image.resize(size, Image.BICUBIC), IMAGENET_COLOURS)
+    image = data.image(image_id)
+    factor = rng.uniform(0.625, 1.25) * crop / max(image.shape[:2])
+    x = scaled(image, factor, 1)                                        # (3, H, W)
     if rng.random() < 0.5:
-        x = x.flip(2)                                                   # (3, H, W), mirrored
-    top = random_window(rng, x.shape[1], crop)
-    left = random_window(rng, x.shape[2], crop)
+        x = x.flip(2)                                                   # mirrored
+    corner = random_window(rng, x.shape[1:], crop)
     # A crop may have lost a labelled object. The target does not know that, so now and then the
     # loss asks for what is not to be seen. Padding is 0, the mean colour, which says nothing.
-    target = torch.zeros(len(data.classes) - 1)                         # (K-1,)
-    target[[k - 1 for k in labels[image_id]]] = 1
-    return crop_or_pad(x, crop, top, left, 0), target
+    target = torch.zeros(len(data.classes))                             # (K,)
+    target[labels[image_id]] = 1
+    return crop_or_pad(x, crop, 0, *corner), target[1:]
+
+
+def scaled(image, factor, least):
+    """Photo (H, W, 3) uint8 -> (3, H', W') float32, normalised, at `factor` times its size.
+
+    Both sides have `least` pixels at least. Bicubic, as in IRN.
+    """
+    image = Image.fromarray(image)
+    size = [max(least, round(side * factor)) for side in image.size]    # Pillow: width, height
+    return normalise(image.resize(size, Image.BICUBIC), IMAGENET_COLOURS)
 
 
 def normalise(image, colours):
@@ -332,13 +318,12 @@ def normalise(image, colours):
     colours: mean and std (3,) in grey levels. The values then lie around 0 with a spread of about
     1, as in the training of whatever network they are meant for.
     """
-    mean, std = torch.tensor(colours)[..., None, None]                  # each (3, 1, 1)
     # np.array copies: torch takes neither PIL's images nor mirrored arrays (negative strides).
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()      # (3, H, W)
-    return (x - mean) / std
+    return torchvision.transforms.functional.normalize(x, *colours, inplace=True)
 
 
-def crop_or_pad(x, size, top, left, fill):
+def crop_or_pad(x, size, fill, top=0, left=0):
     """The window (..., size, size) of x (..., H, W) from (top, left); `fill` outside the image.
 
     top, left may be negative: the image then starts inside the window. The window and the image
@@ -351,14 +336,14 @@ def crop_or_pad(x, size, top, left, fill):
     return F.pad(x, (-left, left + size - W, -top, top + size - H), value=fill)
 
 
-def random_window(rng, length, size):
-    """Where a window of `size` starts on an axis of `length`: any place inside, all equally likely.
+def random_window(rng, sides, size):
+    """Corner (top, left) of a window of `size` in an image with `sides` (H, W), any equally likely.
 
-    Where the axis is shorter than the window, the window lies around it: the start is negative, and
-    the padding falls on either side. A length of 5 and a window of 3 give 0, 1 or 2; a length of 3
-    and a window of 5 give -2, -1 or 0.
+    Where a side is shorter than the window, the window lies around it: the start is negative, and
+    the padding falls on either side. A side of 5 and a window of 3 give 0, 1 or 2; a side of 3 and
+    a window of 5 give -2, -1 or 0.
     """
-    return int(rng.integers(min(0, length - size), max(0, length - size) + 1))
+    return [int(rng.integers(min(0, side - size), max(0, side - size) + 1)) for side in sides]
 
 
 # ------------------------------------------------------------------------ the classifier's training
@@ -376,25 +361,26 @@ def sgd(model, lr, momentum, weight_decay):
 
     The backbone starts from features that are good already, and large steps would spoil them; the
     classifier starts from noise. A fixed layer gets no gradient, and SGD passes over it. Each group
-    keeps its rate at the start as "base_lr", from which `train` reckons that of every iteration.
+    keeps its rate at the start as "base_lr", from which `poly` reckons that of every iteration.
     AUDIT.md: (51).
     """
     groups = [{"params": model.backbone.parameters(), "base_lr": lr},
               {"params": model.classifier.parameters(), "base_lr": 10 * lr}]
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
 
 
-def poly(base_lr, step, iters):
-    """The learning rate of an iteration, polynomial decay: base_lr * (1 - step / iters) ** 0.9.
+def poly(optimizer, step, iters):
+    """Set an iteration's learning rates, polynomial decay: base_lr * (1 - step / iters) ** 0.9.
 
     Nearly a straight line from base_lr down to 0: 0.77 of it after a quarter of the iterations,
     0.54 after half of them, 0.13 after nine tenths. Stage 3 has it too.
     """
-    return base_lr * (1 - step / iters) ** 0.9
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * (1 - step / iters) ** 0.9
 
 
-def train(model, data, ids, labels, args, machine, folder):
-    """Train the classifier on the image labels, from its last checkpoint if there is one.
+def train(model, data, labels, args, machine, folder):
+    """Train the classifier on {id: class numbers from 1}, from its last checkpoint if there is one.
 
     In this order: batch, rate; for each part of the batch forward, loss, backward; then step, log,
     save. The loops of stages 2 and 3 are the same, with other losses; stage 2's network has
@@ -411,15 +397,9 @@ def train(model, data, ids, labels, args, machine, folder):
     # What a checkpoint must say of itself before this run goes on from it.
     facts = {"stage": "1_cam", "classes": list(data.classes)}
     start = resume(folder, model, optimizer, facts)
-    model.train()
-    # ImageNet's statistics stay, as in IRN. A network that starts from nothing has none yet, and
-    # BatchNorm learns them with the rest.
-    if model.pretrained:
-        fix_batchnorm(model)
-    bar = batches(ids, make, args, start, machine)
+    bar = batches(list(labels), make, args, start, machine)
     for step, parts in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = poly(group["base_lr"], step, args.iters)
+        poly(optimizer, step, args.iters)
         optimizer.zero_grad()
         total = 0
         # With --accumulate the batch comes in parts, so that the activations of one part only are
@@ -439,7 +419,7 @@ def train(model, data, ids, labels, args, machine, folder):
         save(folder, model, optimizer, step + 1, args.iters, facts)
 
 
-def seeds_from_classifier(data, ids, labels, args, machine, folder):
+def seeds_from_classifier(data, labels, args, machine, folder):
     """Train a classifier and write its seeds. Returns their provenance, which every score carries.
 
     That is: how long it was trained, the scales and mirrored views that its maps were summed over,
@@ -447,11 +427,17 @@ def seeds_from_classifier(data, ids, labels, args, machine, folder):
     """
     torch.manual_seed(args.seed)  # of the new layers' first weights
     model = machine.place(Classifier(args.arch, args.weights, len(data.classes) - 1))
-    train(model, data, ids, labels, args, machine, folder)
+    train(model, data, labels, args, machine, folder)
     model.eval()
-    make = functools.partial(classifier_seed, model, crop=args.crop, machine=machine)
-    write_seeds(make, data, ids, labels, machine, folder)
-    return dict(iters=args.iters, scales=list(CAM_SCALES), flip=True, crf=False, label_filter=True)
+
+    def make(image, present):
+        # Rounded before the seed is taken, so that whoever reads the file can make the same of it.
+        cams = class_maps(model, image, present, args.crop, machine).half().cpu()
+        # Every pixel gets a class. 255, unsure, is for the seeds of other methods.
+        return {"cam": cams}, label_map(cam_scores(cams, image.shape[:2]), present, least=0)
+
+    write_seeds(make, data, labels, machine, folder)
+    return dict(iters=args.iters, scales=CAM_SCALES, flip=True, crf=False, label_filter=True)
 
 
 # ======================== II. seeds from CLIP alone: --method clip (CLIP-ES, Lin et al., CVPR 2023)
@@ -460,7 +446,7 @@ def seeds_from_classifier(data, ids, labels, args, machine, folder):
 # tells which places belong together (affinity). A dense CRF draws the borders, and what stays
 # doubtful is left "unsure":
 #
-#     photo, its classes -> grad_cam -> box_mask, affinity -> crf_of_scores -> confident_labels
+#     photo, its classes -> grad_cam -> box_mask, affinity -> crf_of_scores -> label_map
 #                           where a      spread to what       along the       255 where no class
 #                           class is     belongs to it        colours         is sure
 #
@@ -477,17 +463,17 @@ BACKGROUND_WORDS = """ground land grass tree building wall sky lake water river 
 # Synonyms: the words by which CLIP knows a class better than by the dataset's name for it. They are
 # VOC's and COCO's, and serve other datasets that have such a class. COCO's have oddities that went
 # into the published numbers, "sknowboard" among them (E2).
-SYNONYMS = dict(re.split(r":\s+", pair) for pair in re.split(r";\s+", """
+SYNONYMS = dict(re.findall(r"(\w[\w ]*): ([^;]+)", """
     person: person with clothes,people,human; bird: bird avian; chair: chair seat;
     tvmonitor: tvmonitor screen; tv: tvmonitor screen; motorcycle: motorbike; airplane: aeroplane;
     backpack: backpack,bag; umbrella: umbrella,parasol; handbag: handbag,purse; tie: necktie;
     snowboard: sknowboard; baseball glove: glove; spoon: dessertspoon; couch: sofa;
     remote: remote control; potted plant: pottedplant; dining table: diningtable;
-    hair drier: hairdrier,blowdrier""".strip()))
+    hair drier: hairdrier,blowdrier"""))
 # The affinity works inside boxes around the places above this share of a map's maximum.
 BOX_THRESHOLD = {"VOC2012": 0.4, "COCO2014": 0.7}  # by dataset; VOC's for any other
 CLIP_CRF = (1, 3), (67, 3, 4)  # Gaussian (sxy, weight), bilateral (sxy, srgb, weight)
-CONFIDENCE = 0.95  # a pixel whose best class the CRF believes less than this is unsure
+CONFIDENCE = 0.95  # a pixel whose best class the CRF believes less than this is unsure (E17)
 CLIP_SIDE = 1024  # GUESS the long side that CLIP sees at most: attention grows with its 4th power
 
 
@@ -502,10 +488,10 @@ def class_texts(data):
     lower case, and a plural is its singular: "Ground-Track", "groundTrack" and "GROUND" leave out
     "ground", "trees" leaves out "tree", "skies" leaves out "sky".
     """
-    texts = {**SYNONYMS, **data.texts}
-    spaced = [re.sub("_|(?<=[a-z])(?=[A-Z])", " ", name) for name in data.classes]
-    foreground = [texts.get(name, words) for name, words in zip(data.classes[1:], spaced[1:])]
-    used = set(re.findall(r"[^\W\d_]+", " ".join([*spaced, *foreground]).lower()))
+    spaced = {name: re.sub("_|(?<=[a-z])(?=[A-Z])", " ", name) for name in data.classes}
+    texts = spaced | SYNONYMS | data.texts
+    foreground = [texts[name] for name in data.classes[1:]]
+    used = set(re.findall(r"[^\W\d_]+", " ".join([*spaced.values(), *foreground]).lower()))
     return foreground, [word for word in BACKGROUND_WORDS if used.isdisjoint(
         [word, word + "s", word + "es", word[:-1] + "ies"])]
 
@@ -517,10 +503,10 @@ def clip_input(image):
     stretched to the next multiple of 16 (E3). A photo of 375 x 500 pixels becomes 384 x 512, a grid
     of 24 x 32 patches.
     """
-    shrink = min(1, CLIP_SIDE / max(image.shape[:2]))
-    size = [16 * math.ceil(round(side * shrink, 6) / 16) for side in image.shape[1::-1]]
-    resized = Image.fromarray(image).resize(size, Image.BICUBIC)
-    return normalise(resized, CLIP_COLOURS)[None]
+    image = Image.fromarray(image)
+    shrink = min(1, CLIP_SIDE / max(image.size))
+    size = [16 * math.ceil(round(side * shrink, 6) / 16) for side in image.size]
+    return normalise(image.resize(size, Image.BICUBIC), CLIP_COLOURS)[None]
 
 
 def open_block(block, x, a):
@@ -539,13 +525,12 @@ def open_block(block, x, a):
     return x + block.mlp(block.ln_2(x)), attention.mean(1)
 
 
-@torch.no_grad()
 def patch_tokens(visual, image, positions):
     """(tokens that enter the last block (1, 1 + N, C), the attention of each block before it).
 
-    The attentions: a list of (1, 1 + N, 1 + N). No gradient is kept: Grad-CAM asks for none below
-    the last block. CLIP-ES's code runs the last block twice for a sequence of 77 tokens, the length
-    of a text, which a photo of 76 patches has too; ours makes no such exception (E18).
+    The attentions: a list of (1, 1 + N, 1 + N). CLIP-ES's code runs the last block twice for a
+    sequence of 77 tokens, the length of a text, which a photo of 76 patches has too; ours makes no
+    such exception (E18).
     """
     x, attentions = visual.embed(image, positions), []
     for block in visual.transformer.resblocks[:-1]:
@@ -578,13 +563,13 @@ def grad_cam(visual, x, texts, J, scale):
     gradient reaches a through the attention alone, since the residual sum goes past ln_1.
     """
     block = visual.transformer.resblocks[-1]
+    # No weight of CLIP's asks for a gradient (`seeds_from_clip`), so torch records from here on.
     a = block.ln_1(x).detach().requires_grad_()                              # (1, 1 + N, C)
-    with torch.enable_grad():
-        x, attention = open_block(block, x, a)
-        feature = visual.ln_post(x)[:, 1:].mean(1) @ visual.proj             # (1, D)
-        probs = (scale * F.normalize(feature, dim=1) @ texts.T).softmax(1)[0]  # (J + words,)
-        # one forward pass serves all classes, each has a backward pass of its own
-        gradients = [torch.autograd.grad(p, a, retain_graph=True)[0] for p in probs[:J]]
+    x, attention = open_block(block, x, a)
+    feature = visual.ln_post(x)[:, 1:].mean(1) @ visual.proj                 # (1, D)
+    probs = (scale * F.normalize(feature, dim=1) @ texts.T).softmax(1)[0]    # (J + words,)
+    # one forward pass serves all classes, each has a backward pass of its own
+    gradients = [torch.autograd.grad(p, a, retain_graph=True)[0] for p in probs[:J]]
     weights = torch.cat(gradients)[:, 1:].mean(1)                            # (J, C)
     raw = weights @ a.detach()[0, 1:].T                                      # (J, N)
     return probs.detach(), weights, raw, attention.detach()
@@ -597,7 +582,7 @@ def balance(A, rounds=3):
     of two patches give .9 to the first and .1 to the second, the first round already leaves .5.
     """
     for _ in range(rounds):
-        A = A / A.sum(0, keepdim=True)
+        A = A / A.sum(0)
         A = A / A.sum(1, keepdim=True)
     return A
 
@@ -675,8 +660,8 @@ def wrapped_colours(image):
     the bright end. So black (152, 140, 134) and white (150, 138, 132) look alike, and greys of 103
     and 104 are 255 apart in blue. A slip, but the published numbers contain it (E16).
     """
-    x = image[:, :, ::-1] - np.float32([104.008, 116.669, 122.675])              # (H, W, 3)
-    return torch.from_numpy(np.uint8(np.trunc(x) % 256)).permute(2, 0, 1)
+    x = torch.from_numpy(image).flip(2) - torch.tensor([104.008, 116.669, 122.675])
+    return x.long().byte().permute(2, 0, 1)  # cut to whole numbers, of which a byte is kept
 
 
 def crf_of_scores(scores, image):
@@ -684,21 +669,9 @@ def crf_of_scores(scores, image):
     # As CLIP-ES's code has it: floored at 1e-5, and the logarithm is rounded to float16 (E15).
     # dense_crf takes the logarithm again.
     probs = scores.clamp(1e-5, 1).log().float().exp()
-    colours = wrapped_colours(image).to(scores.device)
-    return dense_crf(probs[None], colours[None], *CLIP_CRF)[0]
+    return dense_crf(probs[None], wrapped_colours(image)[None], *CLIP_CRF)[0]
 
 
-def confident_labels(Q, present):
-    """Q (1 + J, H, W) -> label map (H, W) uint8: the likeliest class, 255 below CONFIDENCE.
-
-    present: the J class numbers from 1 (E17).
-    """
-    best, index = Q.cpu().max(0)
-    labels = torch.tensor([0, *present])[index]                                  # (H, W)
-    return labels.where(best >= CONFIDENCE, IGNORE).byte().numpy()
-
-
-@torch.no_grad()
 def clip_seed(model, texts, image, present, threshold, machine):
     """One photo, all steps: (arrays for its .npz, label map (H, W) uint8 with 255 where unsure).
 
@@ -726,12 +699,12 @@ def clip_seed(model, texts, image, present, threshold, machine):
     boxes = torch.stack([box_mask(cam, threshold) for cam in before])
     A = affinity([*attentions, attention])                                   # (N, N)
     after = min_max(class_aware_affinity(A, before, boxes))                  # (J, h, w)
-    seed = confident_labels(crf_of_scores(clip_scores(after, size), image), present)
+    seed = label_map(crf_of_scores(clip_scores(after, size), image), present, CONFIDENCE)
     stored = resize(after[None], cam_grid(*size))[0]                         # (J, H/4, W/4)
     return {"cam": stored.half().cpu(), "before": before.half().cpu(), "boxes": boxes.cpu()}, seed
 
 
-def seeds_from_clip(model, data, ids, labels, machine, folder):
+def seeds_from_clip(model, data, labels, machine, folder):
     """Write the seeds that CLIP gives. Returns their provenance, as `seeds_from_classifier`.
 
     Raises ValueError where a class's text has more tokens than CLIP reads, 77.
@@ -742,10 +715,10 @@ def seeds_from_clip(model, data, ids, labels, machine, folder):
     tokens = clip.tokenize(sentences, len(model.positional_embedding)).to(machine.device)
     # CLIP-ES's code normalises them three times over, which is once but for rounding (E1).
     features = F.normalize(model.encode_text(tokens), dim=1)                 # (K - 1 + words, D)
-    texts = features.split([len(foreground), len(background)])
+    texts = features.tensor_split([len(foreground)])
     threshold = BOX_THRESHOLD.get(data.name, BOX_THRESHOLD["VOC2012"])
     make = functools.partial(clip_seed, model, texts, threshold=threshold, machine=machine)
-    write_seeds(make, data, ids, labels, machine, folder)
+    write_seeds(make, data, labels, machine, folder)
     return dict(iters=0, scales=[1], flip=False, crf=True, label_filter=True)
 
 
@@ -796,28 +769,27 @@ def seeds_from_clip(model, data, ids, labels, machine, folder):
 class Lattice:
     """Gaussian filter exp(-|f - f'|^2 / 2) over P points with d features: splat, blur, slice.
 
-    A call with values (B, P, K) returns them filtered, (B, P, K).
-    features (B, P, d) float32: each of the B images has a lattice of its own, all are filtered in
-    one go. Each of the three steps is a sparse matrix, see `weighted_sums`. On a GPU the host waits
-    twice, for the span of the features and for the number M of vertices, and never in a call.
-    Raises ValueError where the features span more lattice cells than 63 bits can number.
+    Values (BP, K) are filtered by slice(blur(splat(values))), (BP, K).
+    features (B, d, ...) float32, the P points in one or more dimensions: each of the B images has a
+    lattice of its own, all are filtered in one go. Each of the three steps is a sparse matrix, see
+    `weighted_sums`. On a GPU the host waits twice, for the span of the features and for the number
+    M of vertices, and never in one of the steps. Raises ValueError where the features span more
+    lattice cells than 63 bits can number.
     AUDIT.md: (70), (99).
     """
 
     def __init__(self, features):
-        B, P, d = features.shape
-        self.shape = B, P
-        origin, turn, weights = simplex(features.permute(2, 0, 1).reshape(d, B * P))
-        corners, places, total = number_corners(origin, turn, B)       # (d+1, BP)
+        B, d = features.shape[:2]
+        origin, turn, weights = simplex(features.transpose(0, 1).flatten(1))
+        corners, gains = number_corners(origin, turn, B)               # (d+1, BP), (d+1,)
 
         # Equal numbers are one vertex. Corners in different rows never are (their remainders
         # differ), so each row is sorted by itself, two to five times as fast as corners.sort(1).
         # Row k holds each point's corner whose coordinates leave remainder k, see `simplex`.
-        rows = [row.sort(stable=True) for row in corners]
-        numbers = torch.cat([row.values for row in rows])              # ((d+1)BP,) rising
-        point = torch.stack([row.indices for row in rows])             # (d+1, BP) whose corner
-        vertices, vertex, counts = torch.unique_consecutive(numbers, return_inverse=True,
-                                                            return_counts=True)
+        numbers, point = zip(*[row.sort(stable=True) for row in corners])
+        point = torch.stack(point)                                     # (d+1, BP) whose corner
+        vertices, vertex, counts = torch.unique_consecutive(
+            torch.cat(numbers), return_inverse=True, return_counts=True)
         vertex = vertex.int().view_as(point)                           # (d+1, BP) in 0..M-1
 
         # Splat: a vertex sums the points of all corners with its number. Row M has none: it stays
@@ -826,17 +798,11 @@ class Lattice:
         self.splat_start = F.pad(counts.cumsum(0), (1, 0)).int()       # (M+1,)
         self.splat_weights = weights.gather(1, point).flatten()
         # Blur: a vertex and its two neighbours along each axis.
-        self.blur_index = neighbours(vertices, places, total).flatten(1)  # (d+1, 3(M+1))
-        self.blur_weights = weights.new_tensor([1, 0.5, 0.5]).repeat(len(counts) + 1)
-        self.blur_start = 3 * self.blur_index[0, ::3]  # of the vertices 0, 1, 2, ...: 0, 3, 6, ...
+        self.blur_index = neighbours(vertices, gains)                  # (d+1, M+1, 3)
+        self.blur_weights = weights.new_tensor([1, 0.5, 0.5]).repeat(len(counts) + 1, 1)
         # Slice: a point sums its corners. From sorted order back to the points' own.
         self.slice_index = torch.empty_like(vertex).scatter_(1, point, vertex).t().contiguous()
         self.slice_weights = (weights / (1 + 2.0 ** -d)).t().contiguous()  # (BP, d+1)
-
-    def __call__(self, values):
-        """values (B, P, K), filtered: (B, P, K)."""
-        blurred = self.blur(self.splat(values.flatten(0, 1)))          # (M+1, K)
-        return self.slice(blurred).unflatten(0, self.shape)
 
     def splat(self, values):
         """Points (BP, K) -> vertices (M+1, K)."""
@@ -850,7 +816,7 @@ class Lattice:
         for part in x.split(max(1, 8_000_000 // len(x)), 1):
             part = part.contiguous()
             for index in self.blur_index:
-                part = weighted_sums(part, index, self.blur_weights, self.blur_start)
+                part = weighted_sums(part, index, self.blur_weights)
             parts.append(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -866,10 +832,11 @@ class Lattice:
         where it listens, so that i moves j as much as j moves i (in the lattice nearly so); k / D
         would not.
         """
-        ones = self.slice_weights.new_ones(*self.shape, 1)
-        norm = (self(ones) + 1e-20).rsqrt().flatten()                  # (BP,)
-        self.splat_weights *= norm.index_select(0, self.splat_index)
-        self.slice_weights *= weight * norm[:, None]
+        ones = torch.ones_like(self.slice_weights[:, :1])
+        degrees = self.slice(self.blur(self.splat(ones)))              # (BP, 1)
+        norm = (degrees + 1e-20).rsqrt()
+        self.splat_weights *= norm[:, 0].index_select(0, self.splat_index)
+        self.slice_weights *= weight * norm
         return self
 
 
@@ -894,13 +861,13 @@ def onto_plane(features):
     splat, blur and slice together have standard deviation 1: in each direction the blurs have the
     variance (d + 1)^2 / 2, splat and slice (d + 1)^2 / 12 each, on average; that is 2/3 (d + 1)^2.
     """
-    d = len(features)
-    x, tail = [], 0  # tail: what later features have put on every earlier coordinate
+    d, P = features.shape
+    x = features.new_zeros(d + 1, P)
     for i in range(d, 0, -1):
         f = features[i - 1] * (math.sqrt(2 / 3) * (d + 1) / math.sqrt(i * (i + 1)))
-        x.append(tail - i * f)
-        tail = tail + f
-    return torch.stack([tail, *reversed(x)])
+        x[:i] += f
+        x[i] -= i * f
+    return x
 
 
 def simplex(features):
@@ -927,9 +894,9 @@ def simplex(features):
         smaller = rest[i] < rest[j]
         rank[i] += smaller
         rank[j] += ~smaller
-    wrap = (rank < 0).char() - (rank > d).char()
-    origin += wrap
-    turn = d - (rank + wrap * (d + 1)).long()
+    wrap = (rank - rank.clamp(0, d)).sign()
+    origin -= wrap
+    turn = d - (rank - wrap * (d + 1)).long()
     # Barycentric weights: how much more remains on an axis than on the one stepped along before
     # (for corner 0: than on the last, a round of 1 earlier). Mixed with them the corners give the
     # point. None is negative, because what remains rises along the walk and spans at most 1: that
@@ -944,58 +911,58 @@ def simplex(features):
 def number_corners(origin, turn, B):
     """One whole number for each corner, equal where two corners are the same vertex.
 
-    Returns numbers (d+1, BP), the value of each coordinate's digit, (d+1,) "places" with 0 for the
-    last axis, which has none (a step along axis i adds total - places[i]), and how
-    many numbers there are per remainder. A number's digits are remainder, image and the first d
-    coordinates // (d + 1). A step raises the first and lowers one other: none along the last axis,
-    whose digit is implied. In the example the digit of the coordinate runs over 5 values from -2,
-    so a's corner [0, 0] is 2 and b's [2, -2] is 3. A step along axis 0 adds 5 - 1, one along axis 1
-    adds 5: both come to 7, the number of [1, -1].
+    Returns numbers (d+1, BP) and gains (d+1,), what a step along each axis adds to a number. Its
+    digits are remainder, image and the first d coordinates // (d + 1). A step raises the first and
+    lowers one other: none along the last axis, whose digit is implied. In the example the digit of
+    the coordinate runs over 5 values from -2, so a's corner [0, 0] is 2 and b's [2, -2] is 3. A
+    step along axis 0 adds 5 - 1, one along axis 1 adds 5: both come to 7, the number of [1, -1].
     origin, turn: of `simplex`. Raises ValueError where 63 bits do not suffice.
     """
     d, BP = origin.shape
     low = origin.amin(1) - 2           # two below: a corner may be one lower, its neighbour two
     spans = (origin.amax(1) + 2 - low).long().tolist()
-    total = B * math.prod(spans)
-    if not 0 < total * (d + 1) < 2 ** 63:
+    total = B * math.prod(spans)       # how many numbers a remainder has
+    largest = total * (d + 2)          # above any number and what one more step adds
+    if not 0 < largest < 2 ** 63:
         raise ValueError(f"dense CRF: {spans} cells; larger bandwidths (sxy, srgb) are needed")
-    dtype = torch.int32 if total * (d + 1) < 2 ** 31 else torch.int64  # int32 sorts twice as fast
-    places = [math.prod(spans[i + 1:]) for i in range(d)] + [0]
-    places = torch.tensor(places, dtype=dtype, device=origin.device)
-    number = torch.arange(B, dtype=dtype, device=origin.device).repeat_interleave(BP // B)
+    dtype = torch.int32 if largest < 2 ** 31 else torch.int64  # int32 sorts twice as fast
+    gains = [total - math.prod(spans[i + 1:]) for i in range(d)] + [total]
+    gains = torch.tensor(gains, dtype=dtype, device=origin.device)     # (d+1,)
+    number = gains.new_tensor(range(B)).repeat_interleave(BP // B)
     for digit, span in zip(origin - low[:, None], spans):
         number = number * span + digit.to(dtype)                       # (BP,) of corner 0
     # What each step of the walk adds, in order. The last would lead back to corner 0.
-    gains = (total - places)[:, None].expand(-1, BP)                   # (d+1, BP) by axis
-    steps = number.new_empty(d + 1, BP).scatter_(0, turn, gains)       # (d+1, BP) by turn
-    return torch.cat([number[None], steps[:d]]).cumsum_(0), places, total
+    steps = torch.empty_like(turn, dtype=dtype)
+    steps.scatter_(0, turn, gains[:, None].expand(-1, BP))             # (d+1, BP) by turn
+    return torch.cat([number[None], steps[:d]]).cumsum_(0), gains
 
 
-def neighbours(vertices, places, total):
+def neighbours(vertices, gains):
     """What the blur adds up along each axis (d+1, M+1, 3) int32: a vertex and the two beside it.
 
     M stands for a neighbour that is absent, and row M is (M, M, M).
-    vertices (M,), sorted; places, total: of `number_corners`. In the example they are 2, 3 and 7,
-    the vertices 0, 2 and 1. A step along axis 0 goes from 3 to 7, one along axis 1 from 7 to 3.
+    vertices (M,), sorted; gains: of `number_corners`. In the example these are 2, 3 and 7, the
+    vertices 0, 2 and 1, and 4 and 5. A step along axis 0 goes from 3 to 7, one along axis 1 from 7
+    to 12, less the 9 of both axes: to 3.
     """
-    M, d = len(vertices), len(places) - 1
-    # A step raises the remainder; from d it wraps to 0, which raises the digit of every coordinate.
-    up = torch.where(vertices < d * total, total, places.sum() - d * total) + vertices
-    wanted = up - places[:, None]                                      # (d+1, M)
-    ahead = torch.searchsorted(vertices, wanted, out_int32=True).clamp_(max=M - 1)
-    ahead = torch.where(vertices[ahead] == wanted, ahead, M)
+    M = len(vertices)
+    # A step along every axis leads back to the start. So numbers wrap around at the sum of all
+    # gains, which no vertex's own number reaches: its digits keep off the ends of their spans.
+    wanted = (vertices + gains[:, None]) % gains.sum()                 # (d+1, M)
+    ahead = torch.searchsorted(vertices, wanted).clamp_(max=M - 1)
+    ahead = torch.where(vertices.take(ahead) == wanted, ahead, M)
     ahead = F.pad(ahead, (0, 1), value=M)                              # (d+1, M+1)
     itself = torch.arange(M + 1, dtype=torch.int32, device=ahead.device).expand_as(ahead)
     # If u is ahead of v, v is behind u. What lands in column M has none ahead, and is overwritten.
-    behind = torch.full_like(ahead, M).scatter_(1, ahead.long(), itself)
+    behind = torch.full_like(itself, M).scatter_(1, ahead, itself)
     behind[:, M] = M
-    return torch.stack([itself, ahead, behind], 2)
+    return torch.stack([itself, ahead.int(), behind], 2)
 
 
 def pixel_positions(B, H, W, device):
-    """x and y of every pixel, (B, HW, 2) float32."""
-    yx = torch.cartesian_prod(torch.arange(H, device=device), torch.arange(W, device=device))
-    return yx.flip(1).float().expand(B, -1, -1)
+    """x and y of every pixel, (B, 2, H, W) float32."""
+    yx = torch.from_numpy(np.indices((H, W), np.float32))
+    return yx.flip(0).to(device).expand(B, -1, -1, -1)
 
 
 @functools.lru_cache(maxsize=2)
@@ -1004,8 +971,8 @@ def position_filter(B, H, W, sxy, weight, device):
     return Lattice(pixel_positions(B, H, W, device) / sxy).divide_by_degrees(weight)
 
 
-def softmax_rows(x, out):
-    """softmax of every row of x, written into `out` and returned; x is used up."""
+def softmax_rows(x, out=None):
+    """softmax of every row of x, written into `out` if given, and returned; x is used up."""
     if x.shape[1] >= 16:
         return torch.softmax(x, 1, out=out)
     # torch works on vectors of 16 numbers; on shorter rows it takes six times as long as this.
@@ -1014,34 +981,34 @@ def softmax_rows(x, out):
 
 
 @torch.no_grad()
-def dense_crf(probs, image, gaussian, bilateral, iterations=10):
+def dense_crf(probs, image, gaussian, bilateral):
     """Refine class probabilities by the colours of the image; returns Q (B, K, H, W) float32.
 
         Q0 = softmax(-U),  Q <- softmax(-U + sum_m w_m D_m^-1/2 k_m D_m^-1/2 Q)
         U = -log probs,    k_m and w_m the two kernels and their weights,    D_m = row sums of k_m
 
-    probs (B, K, H, W) positive, need not sum to one over K; image (B, 3, H, W) RGB 0..255;
-    gaussian (sxy, weight) of the kernel of positions, bilateral (sxy, srgb, weight) of that of
-    positions and colours, sxy in pixels, srgb in grey levels; the names are pydensecrf's (both are
-    Gaussians).
+    probs (B, K, H, W) positive, need not sum to one over K; image (B, 3, H, W) RGB 0..255, on any
+    device; gaussian (sxy, weight) of the kernel of positions, bilateral (sxy, srgb, weight) of that
+    of positions and colours, sxy in pixels, srgb in grey levels; the names are pydensecrf's (both
+    are Gaussians).
     Potts model: similar pixels raise each other's score of the class that they are of, different
     classes do not interact. Raises ValueError where bandwidths are too fine.
     Memory: some 600 bytes a pixel for the two lattices while they are made, and 18 for each label.
     AUDIT.md: (69).
     """
     B, K, H, W = probs.shape
-    position = pixel_positions(B, H, W, probs.device) / bilateral[0]   # (B, HW, 2)
-    colour = image.flatten(2).transpose(1, 2).float() / bilateral[1]   # (B, HW, 3)
+    position = pixel_positions(B, H, W, probs.device) / bilateral[0]   # (B, 2, H, W)
+    colour = image.to(position) / bilateral[1]                         # (B, 3, H, W)
     kernels = [position_filter(B, H, W, *gaussian, probs.device),
-               Lattice(torch.cat([position, colour], 2)).divide_by_degrees(bilateral[2])]
+               Lattice(torch.cat([position, colour], 1)).divide_by_degrees(bilateral[2])]
     log_p = probs.float().log().permute(0, 2, 3, 1).reshape(-1, K).contiguous()  # (BHW, K)
-    Q = softmax_rows(log_p.clone(), torch.empty_like(log_p))
+    Q = softmax_rows(log_p.clone())                                    # (BHW, K)
     # Pixels go through the last steps in blocks that stay in a processor's cache.
-    size = max(1, 2 ** (18 if probs.device.type == "cpu" else 26) // K)
-    blocks = [slice(i, i + size) for i in range(0, len(Q), size)]
-    for _ in range(iterations):
+    size = 2 ** (18 if probs.device.type == "cpu" else 26) // K
+    for _ in range(10):
         blurred = [kernel.blur(kernel.splat(Q)) for kernel in kernels]
-        for rows in blocks:
+        for start in range(0, len(Q), size):
+            rows = slice(start, start + size)
             by_place, by_colour = [kernel.slice(x, rows) for kernel, x in zip(kernels, blurred)]
             softmax_rows(by_place.add_(by_colour).add_(log_p[rows]), Q[rows])  # (size, K)
     return Q.view(B, H, W, K).permute(0, 3, 1, 2)
@@ -1399,9 +1366,9 @@ def main():
     if is_finished(folder, [folder / f"seeds/{i}.png" for i in ids]):
         return
     if args.method == "clip":
-        facts = seeds_from_clip(model, data, ids, labels, machine, folder)
+        facts = seeds_from_clip(model, data, labels, machine, folder)
     else:
-        facts = seeds_from_classifier(data, ids, labels, args, machine, folder)
+        facts = seeds_from_classifier(data, labels, args, machine, folder)
     if MAIN:
         update_record(folder, provenance=facts, finished=True)
         command = next_command("stage2_weakclip.py", args, "split", "limit", "clip")

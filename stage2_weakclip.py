@@ -871,7 +871,7 @@ def seeded_image(data, seeds, crop, switches, image_id, rng):
         x, y = x.flip(2), y.flip(1)
     # What the image does not fill is padded right and below: grey, that is 0 after normalising, and
     # unsure.
-    return crop_or_pad(x, crop, 0, 0, 0), crop_or_pad(y, crop, 0, 0, IGNORE)
+    return crop_or_pad(x, crop, 0), crop_or_pad(y, crop, IGNORE)
 
 
 def training_ids(data, args, switches):
@@ -1128,7 +1128,7 @@ def mask_from(probs, image, crf, allowed):
     classes = classes[probs[classes].argmax(0).unique()]  # (J,)
     probs = probs[classes]  # (J, H, W)
     if crf and len(classes) > 1:  # where one class is left, nothing is to be decided
-        rgb = torch.from_numpy(image).permute(2, 0, 1)[None].to(probs.device)  # (1, 3, H, W)
+        rgb = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W)
         # The floor: a class that is impossible at a pixel could never return there.
         probs = dense_crf(probs.clamp(min=1e-5)[None], rgb, *crf)[0]  # (J, H, W)
     return classes[probs.argmax(0)].byte().cpu().numpy()

@@ -29,9 +29,9 @@ from torch import nn
 from eval import (IGNORE, MAIN, check_classes, check_inputs, dataset_name, files_digest, find_file,
                   is_finished, note, read_label, run, start_run, update_record)
 from stage1_cam import (IMAGENET_COLOURS, Machine, batches, common_options, conv_layout,
-                        crop_or_pad, fix_batchnorm, load_trained, log, next_command, normalise,
-                        open_run, poly, random_window, read_checkpoint, resize, resnet, resume,
-                        save, sgd, weights_digest)
+                        crop_or_pad, load_trained, log, next_command, normalise, open_run, poly,
+                        random_window, read_checkpoint, resize, resnet, resume, save, sgd,
+                        weights_digest)
 from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_options, mask_photos,
                              mean_cross_entropy, plan_masks, resize_image, write_masks)
 
@@ -62,8 +62,7 @@ class DeepLab(nn.Module):
 
     def __init__(self, arch, weights, n_classes):
         super().__init__()
-        self.backbone, channels = resnet(arch, weights, (2, 4))
-        self.pretrained = weights != "none"
+        self.backbone, channels = resnet(arch, weights, layer3=2, layer4=4)
         self.classifier = nn.ModuleList()
         for d in (6, 12, 18, 24):
             conv = nn.Conv2d(channels, n_classes, 3, padding=d, dilation=d)
@@ -98,8 +97,8 @@ def masked_image(data, masks, crop, image_id, rng):
     if rng.random() < 0.5:
         x, y = x.flip(2), y.flip(1)
     # GUESS padding falls on any side, where an image is smaller than the crop
-    top, left = (random_window(rng, side, crop) for side in size)
-    return crop_or_pad(x, crop, top, left, 0), crop_or_pad(y, crop, top, left, IGNORE)
+    corner = random_window(rng, size, crop)
+    return crop_or_pad(x, crop, 0, *corner), crop_or_pad(y, crop, IGNORE, *corner)
 
 
 # ===================================================================================== training
@@ -127,15 +126,11 @@ def train(model, data, ids, args, machine, folder):
     # arch: --images builds the network from the checkpoint alone.
     facts = {"stage": "3_segment", "classes": list(data.classes), "arch": args.arch}
     start = resume(folder, model, optimizer, facts)
-    model.train()
-    if model.pretrained:
-        fix_batchnorm(model)
     # Batches are numbered, and sample s is a function of (seed, s): that is why a run that was cut
     # off, and begins here at iteration `start`, sees what it would have seen (stage 1, `Samples`).
     bar = batches(ids, make, args, start, machine)
     for step, parts in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = poly(group["base_lr"], step, args.iters)
+        poly(optimizer, step, args.iters)
         optimizer.zero_grad()
         total = 0
         # Each crop of 448 pixels takes some 1.4 GiB with ResNet-101 (tests/RESULTS.md): 16 of them

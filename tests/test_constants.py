@@ -620,7 +620,7 @@ def test_stage_1_learns_for_five_epochs(
         call, dataset, resnet_file, tmp_path, monkeypatch, weights, lr):
     """So 3,305 iterations of 16 for VOC's 10,582 images (50), here of 2 for 6."""
     given = []
-    monkeypatch.setattr(stage1, "seeds_from_classifier", lambda *args: given.append(args[3]) or {})
+    monkeypatch.setattr(stage1, "seeds_from_classifier", lambda *args: given.append(args[2]) or {})
     call("stage1_cam.py", "--data", dataset, "--runs", tmp_path, "--batch-size", 2, "--arch",
          "resnet18", "--weights", resnet_file if weights == "file" else weights)
     assert (given[0].iters, given[0].lr) == (15, lr)
@@ -642,7 +642,7 @@ def test_imagenet_weights_are_torchvisions_first_with_their_hash_checked(monkeyp
         raise ValueError(f"{url} has {digest}")
     monkeypatch.setattr(clip, "fetch", fetch)
     with pytest.raises(ValueError, match="/resnet50-0676ba61.pth has 0676ba61$"):
-        stage1.resnet("resnet50", "imagenet", (None, 1))
+        stage1.resnet("resnet50", "imagenet")
 
 
 def test_networks():
@@ -695,7 +695,7 @@ def test_class_maps_sum_four_scales_and_their_mirrors():
 def test_seeds_have_a_background_of_15_hundredths():
     """(54)"""
     cams = torch.tensor([[0.149, 0.151, 0.16], [0.1, 0.12, 0.17]])[:, None]
-    assert stage1.seeds_from_cams([3, 7], cams, (1, 3)).tolist() == [[0, 3, 7]]
+    assert stage1.label_map(stage1.cam_scores(cams, (1, 3)), [3, 7], 0).tolist() == [[0, 3, 7]]
 
 
 def test_stage_3_averages_logits_not_probabilities():
@@ -734,11 +734,11 @@ def test_settings_of_the_published_numbers(monkeypatch):
     """CRF and certainty (E17), threshold of boxes (E10)."""
     assert stage1.CLIP_CRF == COCO
     Q = torch.tensor([[0.95, 0.9499, 0.04], [0.05, 0.0501, 0.96]])[:, None]
-    assert stage1.confident_labels(Q, [7]).tolist() == [[0, IGNORE, 7]]
+    assert stage1.label_map(Q, [7], stage1.CONFIDENCE).tolist() == [[0, IGNORE, 7]]
     made = []
     monkeypatch.setattr(stage1, "write_seeds", lambda make, *rest: made.append(make))
     for name in ("VOC2012", "COCO2014", "holiday"):
-        stage1.seeds_from_clip(tiny_clip(), Dataset(Path(), name, CLASSES, {}), [], {}, CPU, None)
+        stage1.seeds_from_clip(tiny_clip(), Dataset(Path(), name, CLASSES, {}), {}, CPU, None)
     assert [make.keywords["threshold"] for make in made] == [0.4, 0.7, 0.4]
     arrays, label = made[0](photo(70, 90), [])  # a photo without classes (E21)
     assert arrays["cam"].shape == (0, 18, 23) and label.shape == (70, 90) and not label.any()

@@ -16,30 +16,32 @@ LOSS = (3, 3), (80, 13, 10)  # bandwidths and weights of the boundary loss's CRF
 class ExactFilter:
     """exp(-|f - f'|^2 / 2) over all pairs of points: slow, the truth the lattice is near (71).
 
-    A call with values (B, P, K) returns them filtered. features (B, P, d), as for `Lattice`, whose
-    methods it has as well: nothing happens in splat and slice, all in blur.
+    features (B, d, ...), as for `Lattice`, whose methods it has as well: nothing happens in splat
+    and slice, all in blur.
     """
 
     def __init__(self, features):
-        self.shape = features.shape[:2]
-        self.kernel = torch.exp(-0.5 * torch.cdist(features, features).square())  # (B, P, P)
-
-    def __call__(self, values):
-        return self.kernel @ values
+        points = features.flatten(2).transpose(1, 2)  # (B, P, d)
+        self.kernel = torch.exp(-0.5 * torch.cdist(points, points).square())  # (B, P, P)
 
     def splat(self, values):
         return values
 
     def blur(self, values):
-        return self(values.unflatten(0, self.shape)).flatten(0, 1)
+        return (self.kernel @ values.unflatten(0, self.kernel.shape[:2])).flatten(0, 1)
 
-    def slice(self, values, rows):
+    def slice(self, values, rows=...):
         return values[rows]
 
     def divide_by_degrees(self, weight):
         norm = self.kernel.sum(2).rsqrt()  # (B, P)
         self.kernel = weight * norm[:, :, None] * self.kernel * norm[:, None]
         return self
+
+
+def filtered(values, lattice):
+    """values (BP, K) after all three steps of a lattice, or of the exact filter."""
+    return lattice.slice(lattice.blur(lattice.splat(values)))
 
 
 def rand(*shape, seed):
@@ -60,10 +62,10 @@ def photo_like(B, K, H, W, seed=0):
 def test_lattice_in_d_dimensions(d):
     """Means are near the exact ones (70). A vertex gets from a point what the point reads there,
     and the weights of a point sum to 1."""
-    features = 2 * rand(2, 200, d, seed=1)
-    lattice, values = Lattice(features), torch.stack([torch.ones(200), torch.arange(200) % 2.0], 1)
-    ours, exact = lattice(values.expand(2, -1, -1)), ExactFilter(features)(values)
-    assert (ours[..., 1] / ours[..., 0] - exact[..., 1] / exact[..., 0]).abs().mean() < 0.02
+    features = 2 * rand(2, 200, d, seed=1).transpose(1, 2)
+    lattice, values = Lattice(features), torch.stack([torch.ones(400), torch.arange(400) % 2.0], 1)
+    ours, exact = filtered(values, lattice), filtered(values, ExactFilter(features))
+    assert (ours[:, 1] / ours[:, 0] - exact[:, 1] / exact[:, 0]).abs().mean() < 0.02
     splat = lattice.splat(torch.eye(400))  # (M+1, 400)
     torch.testing.assert_close(splat.T, (1 + 2.0 ** -d) * lattice.slice(torch.eye(len(splat))))
     torch.testing.assert_close(splat.sum(0), torch.ones(400))
@@ -71,22 +73,22 @@ def test_lattice_in_d_dimensions(d):
 
 def test_the_worked_example():
     """The numbers in the comment above `Lattice`."""
-    features = torch.tensor([[[0.25], [1.5]]]) * 3 ** 0.5 / 2
-    lattice, exact, ones = Lattice(features), ExactFilter(features), torch.ones(1, 2, 1)
-    values = torch.tensor([[[8.0], [4.0]]])
-    splat = lattice.splat(values[0])
+    features = torch.tensor([[[0.25, 1.5]]]) * 3 ** 0.5 / 2
+    lattice, exact, ones = Lattice(features), ExactFilter(features), torch.ones(2, 1)
+    values = torch.tensor([[8.0], [4.0]])
+    splat, ours = lattice.splat(values), filtered(values, lattice)
     # In the rows vertices 0 and 2 are corners 0 and come first; the last row is no vertex.
     for found, *numbers in [
             (splat[[0, 2, 1]], 6, 4, 2), (splat[3:], 0),
-            (lattice.blur(splat)[[0, 2, 1]], 12, 14, 8), (lattice(values), 8.33, 7.33),
-            (lattice(ones), 1.30, 1.31), (lattice(values) / lattice(ones), 6.40, 5.59),
-            (exact(values) / exact(ones), 6.57, 5.43)]:
+            (lattice.blur(splat)[[0, 2, 1]], 12, 14, 8), (ours, 8.33, 7.33),
+            (filtered(ones, lattice), 1.30, 1.31), (ours / filtered(ones, lattice), 6.40, 5.59),
+            (filtered(values, exact) / filtered(ones, exact), 6.57, 5.43)]:
         assert found.flatten().tolist() == pytest.approx(numbers, abs=5e-3)
 
 
 def test_neighbours_are_mutual():
-    lattice = Lattice(3 * rand(2, 60, 3, seed=3))
-    itself, ahead, behind = lattice.blur_index.unflatten(1, (-1, 3)).long().unbind(2)  # (4, M+1)
+    lattice = Lattice(3 * rand(2, 60, 3, seed=3).transpose(1, 2))
+    itself, ahead, behind = lattice.blur_index.long().unbind(2)  # (4, M+1)
     there = ahead < itself.max()  # the last number stands for a vertex that is absent
     assert there.any() and there.sum() == (behind < itself.max()).sum()
     assert torch.equal(behind.gather(1, ahead)[there], itself[there])

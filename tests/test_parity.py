@@ -342,7 +342,7 @@ AFFINITY, LABELS = 3e-6, 1e-3
 @torch.no_grad()
 def clip_es_model(path):
     """(the golden's CLIP, its text features: foreground first)."""
-    model = golden_clip(path)
+    model = golden_clip(path).requires_grad_(False)
     return model, F.normalize(model.encode_text(golden(path)["tokens"].long()), dim=1)
 
 
@@ -379,7 +379,7 @@ def clip_es(path, key):
     out["crf_image"] = stage1.wrapped_colours(image).permute(1, 2, 0)
     out["crf_out"] = stage1.crf_of_scores(out["crf_in"], image)
     classes = (labels + 1).tolist()
-    out["label"] = torch.from_numpy(stage1.confident_labels(out["crf_out"], classes))
+    out["label"] = torch.from_numpy(stage1.label_map(out["crf_out"], classes, 0.95))
     out["label_full"] = torch.tensor([0, *classes])[out["crf_out"].argmax(0)]
     return out
 

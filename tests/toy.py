@@ -189,7 +189,7 @@ def crf_on_cams(data, cams, folder):
         if path.is_file() and path.stat().st_mtime > source.stat().st_mtime:
             continue
         arrays, image = dict(np.load(source)), data.image(image_id)
-        scores = cam_scores(arrays["cam"].astype(np.float32), image.shape[:2])
+        scores = cam_scores(torch.from_numpy(arrays["cam"]), image.shape[:2])
         probs = (scores / scores.sum(0)).clamp(min=1e-5)                # background as for seeds
         rgb = torch.from_numpy(image).permute(2, 0, 1)                  # (3, H, W)
         winner = dense_crf(probs[None], rgb[None], *MASK_CRF["VOC2012"])[0].argmax(0)
