@@ -123,7 +123,8 @@ def class_maps(model, image, present, crop, machine):
     # At scale 1 a photo has a size that training has shown; the other scales, IRN's, go beyond.
     # GUESS the long side ends between training's mean, 0.9375 crop, and its largest, 1.25 crop: 480
     # to 640 pixels at crop 512, so that nearly all of VOC's photos (500 pixels) stay as they are.
-    factor = min(max(H, W, 0.9375 * crop), 1.25 * crop) / max(H, W)
+    long_side = min(max(H, W, 0.9375 * crop), 1.25 * crop)
+    factor = long_side / max(H, W)
     total = 0
     # A large view shows the network details, a small one the whole object, a mirrored one the same
     # thing elsewhere on its grid. What is seen in all of them is less likely to be an accident.
@@ -343,7 +344,12 @@ def random_window(rng, sides, size):
     the padding falls on either side. A side of 5 and a window of 3 give 0, 1 or 2; a side of 3 and
     a window of 5 give -2, -1 or 0.
     """
-    return [int(rng.integers(min(0, side - size), max(0, side - size) + 1)) for side in sides]
+    corner = []
+    for side in sides:
+        spare = side - size
+        start = rng.integers(min(0, spare), max(0, spare) + 1)
+        corner.append(int(start))
+    return corner
 
 
 # ------------------------------------------------------------------------ the classifier's training
@@ -433,8 +439,9 @@ def seeds_from_classifier(data, labels, args, machine, folder):
     def make(image, present):
         # Rounded before the seed is taken, so that whoever reads the file can make the same of it.
         cams = class_maps(model, image, present, args.crop, machine).half().cpu()
+        scores = cam_scores(cams, image.shape[:2])                            # (1 + J, H, W)
         # Every pixel gets a class. 255, unsure, is for the seeds of other methods.
-        return {"cam": cams}, label_map(cam_scores(cams, image.shape[:2]), present, least=0)
+        return {"cam": cams}, label_map(scores, present, least=0)
 
     write_seeds(make, data, labels, machine, folder)
     return dict(iters=args.iters, scales=CAM_SCALES, flip=True, crf=False, label_filter=True)
@@ -491,9 +498,14 @@ def class_texts(data):
     spaced = {name: re.sub("_|(?<=[a-z])(?=[A-Z])", " ", name) for name in data.classes}
     texts = spaced | SYNONYMS | data.texts
     foreground = [texts[name] for name in data.classes[1:]]
-    used = set(re.findall(r"[^\W\d_]+", " ".join([*spaced.values(), *foreground]).lower()))
-    return foreground, [word for word in BACKGROUND_WORDS if used.isdisjoint(
-        [word, word + "s", word + "es", word[:-1] + "ies"])]
+    names = " ".join([*spaced.values(), *foreground]).lower()
+    used = set(re.findall(r"[^\W\d_]+", names))
+    background = []
+    for word in BACKGROUND_WORDS:
+        forms = word, word + "s", word + "es", word[:-1] + "ies"
+        if used.isdisjoint(forms):
+            background.append(word)
+    return foreground, background
 
 
 def clip_input(image):
@@ -520,9 +532,12 @@ def open_block(block, x, a):
     having this matrix in memory as a whole.
     """
     q, k, v = block.attn.split(a)                                         # (B, heads, L, C / heads)
-    attention = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)       # (B, heads, L, L)
-    x = x + block.attn.out_proj((attention @ v).transpose(1, 2).flatten(2))      # (B, L, C)
-    return x + block.mlp(block.ln_2(x)), attention.mean(1)
+    fit = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])                   # (B, heads, L, L)
+    attention = fit.softmax(3)                                            # rows sum to one
+    seen = (attention @ v).transpose(1, 2).flatten(2)                     # (B, L, C)
+    x = x + block.attn.out_proj(seen)
+    x = x + block.mlp(block.ln_2(x))                                      # (B, L, C)
+    return x, attention.mean(1)
 
 
 def patch_tokens(visual, image, positions):
@@ -594,7 +609,8 @@ def affinity(attentions, last=8):
     balancing, "i looks at j" and "j looks at i" are averaged. The square sums over all patches in
     between, sum_m A_im A_mj, so that i also belongs to what its like belong to.
     """
-    A = balance(torch.cat(attentions[-last:])[:, 1:, 1:].mean(0))
+    A = torch.cat(attentions[-last:])[:, 1:, 1:].mean(0)                     # (N, N)
+    A = balance(A)
     A = (A + A.T) / 2
     return A @ A
 
@@ -625,7 +641,9 @@ def box_mask(cam, threshold):
     mask = torch.zeros_like(above)
     for n in number[above].unique():
         rows, columns = torch.nonzero(number == n, as_tuple=True)
-        mask[rows.min():rows.max() + 1, columns.min():columns.max() + 1] = True
+        height = slice(rows.min(), rows.max() + 1)
+        width = slice(columns.min(), columns.max() + 1)
+        mask[height, width] = True
     # No box holds the grid's last row and column, a slip of CLIP-ES's code. A region that touches
     # them loses a part, and one that lies in them alone is lost (E11).
     mask[-1] = mask[:, -1] = False
@@ -685,11 +703,13 @@ def clip_seed(model, texts, image, present, threshold, machine):
     """
     size, J = image.shape[:2], len(present)
     if J == 0:  # a photo of nothing that has a name is all background (E21)
-        return {"cam": torch.zeros(0, *cam_grid(*size)).half()}, np.zeros(size, np.uint8)
+        cams = torch.zeros(0, *cam_grid(*size))
+        return {"cam": cams.half()}, np.zeros(size, np.uint8)
     foreground, background = texts
     here = torch.cat([foreground[[k - 1 for k in present]], background])     # (J + words, D)
     x = clip_input(image).to(machine.device)                                 # (1, 3, 16h, 16w)
-    h, w = x.shape[2] // 16, x.shape[3] // 16
+    h = x.shape[2] // 16
+    w = x.shape[3] // 16
     positions = clip.resize_positions(model.visual.positional_embedding, h, w)  # (1 + N, C)
     with machine.autocast:
         # CLIP-ES's code rounds the positions to float16, even where all else is float32 (E4).
@@ -699,9 +719,13 @@ def clip_seed(model, texts, image, present, threshold, machine):
     boxes = torch.stack([box_mask(cam, threshold) for cam in before])
     A = affinity([*attentions, attention])                                   # (N, N)
     after = min_max(class_aware_affinity(A, before, boxes))                  # (J, h, w)
-    seed = label_map(crf_of_scores(clip_scores(after, size), image), present, CONFIDENCE)
+    scores = clip_scores(after, size)                                        # (1 + J, H, W)
+    Q = crf_of_scores(scores, image)                                         # (1 + J, H, W)
     stored = resize(after[None], cam_grid(*size))[0]                         # (J, H/4, W/4)
-    return {"cam": stored.half().cpu(), "before": before.half().cpu(), "boxes": boxes.cpu()}, seed
+    arrays = {"cam": stored.half().cpu(),
+              "before": before.half().cpu(),
+              "boxes": boxes.cpu()}
+    return arrays, label_map(Q, present, CONFIDENCE)
 
 
 def seeds_from_clip(model, data, labels, machine, folder):
@@ -864,7 +888,8 @@ def onto_plane(features):
     d, P = features.shape
     x = features.new_zeros(d + 1, P)
     for i in range(d, 0, -1):
-        f = features[i - 1] * (math.sqrt(2 / 3) * (d + 1) / math.sqrt(i * (i + 1)))
+        length = math.sqrt(i * (i + 1))
+        f = features[i - 1] * (math.sqrt(2 / 3) * (d + 1) / length)
         x[:i] += f
         x[i] -= i * f
     return x
@@ -1009,8 +1034,9 @@ def dense_crf(probs, image, gaussian, bilateral):
         blurred = [kernel.blur(kernel.splat(Q)) for kernel in kernels]
         for start in range(0, len(Q), size):
             rows = slice(start, start + size)
-            by_place, by_colour = [kernel.slice(x, rows) for kernel, x in zip(kernels, blurred)]
-            softmax_rows(by_place.add_(by_colour).add_(log_p[rows]), Q[rows])  # (size, K)
+            by_place = kernels[0].slice(blurred[0], rows)              # (size, K)
+            by_colour = kernels[1].slice(blurred[1], rows)
+            softmax_rows(by_place.add_(by_colour).add_(log_p[rows]), Q[rows])
     return Q.view(B, H, W, K).permute(0, 3, 1, 2)
 
 
