@@ -97,9 +97,16 @@ class Switches:
 
 PAPER = Switches()
 RELEASED = Switches(
-    freeze_clip=False, train_adapter=False, drop_path=0.1, chain_coattention=False,
-    class_embedding_once=False, positions_resized_once=False, aligned=False,
-    score_loss_over_valid=False, clip_normalisation=False, train_listed_twice=True,
+    freeze_clip=False,
+    train_adapter=False,
+    drop_path=0.1,
+    chain_coattention=False,
+    class_embedding_once=False,
+    positions_resized_once=False,
+    aligned=False,
+    score_loss_over_valid=False,
+    clip_normalisation=False,
+    train_listed_twice=True,
     pad_windows=False)
 
 
@@ -156,17 +163,20 @@ class PyramidAdapter(nn.Module):
 
         grids: four (B, C, h, w), the tokens after 1/3, 1/2, 2/3 and all of CLIP's blocks.
         """
-        levels = self.level1, self.level2, self.level3, self.level4
-        # (B, C, 4h, 4w), (B, C, 2h, 2w), (B, C, h, w), (B, C, h // 2, w // 2)
-        return [level(grid) for level, grid in zip(levels, grids)]
+        return [
+            self.level1(grids[0]),  # (B, C, 4h, 4w)
+            self.level2(grids[1]),  # (B, C, 2h, 2w)
+            self.level3(grids[2]),  # (B, C, h, w)
+            self.level4(grids[3])]  # (B, C, h // 2, w // 2)
 
 
 def resized_pyramid(grids):
     """The adapter's four strides without a parameter, for `--set adapter=false`."""
-    # (B, C, 4h, 4w), (B, C, 2h, 2w), (B, C, h, w), (B, C, h // 2, w // 2)
-    fine = [F.interpolate(grid, scale_factor=factor, mode="bilinear")
-            for grid, factor in zip(grids, (4, 2, 1))]
-    return [*fine, F.max_pool2d(grids[3], 2)]
+    return [
+        F.interpolate(grids[0], scale_factor=4, mode="bilinear"),  # (B, C, 4h, 4w)
+        F.interpolate(grids[1], scale_factor=2, mode="bilinear"),  # (B, C, 2h, 2w)
+        F.interpolate(grids[2], scale_factor=1, mode="bilinear"),  # (B, C, h, w), as it was
+        F.max_pool2d(grids[3], 2)]  # (B, C, h // 2, w // 2)
 
 
 # ============================================================================ learnable prompts
@@ -196,7 +206,8 @@ def name_tokens(classes, context_length):
     """
     tokens = clip.tokenize(classes, context_length - CONTEXTS)
     # The end token has the largest id, so argmax finds its place.
-    return tokens[:, :tokens.argmax(1).max() + 1]  # (K, L)
+    ends = tokens.argmax(1)  # (K,)
+    return tokens[:, :ends.max() + 1]  # (K, L)
 
 
 # ================================================================================= co-attention
@@ -236,15 +247,21 @@ class MultiHeadAttention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.drop = nn.Dropout(0.1)
 
+    def split(self, x):
+        """(B, N, C) -> (B, heads, N, C / heads): each head takes its own C / heads channels."""
+        x = x.unflatten(2, (self.heads, -1))  # (B, N, heads, C / heads)
+        return x.transpose(1, 2)
+
     def forward(self, x, memory):
         """What x (B, N, C) sees when it looks at memory (B, M, C): (B, N, C)."""
-        projected = self.q_proj(x), self.k_proj(memory), self.v_proj(memory)  # (B, N or M, C)
-        # Each head takes its own C / heads channels: (B, heads, N or M, C / heads).
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in projected)
+        q = self.split(self.q_proj(x))  # (B, heads, N, C / heads)
+        k = self.split(self.k_proj(memory))  # (B, heads, M, C / heads)
+        v = self.split(self.v_proj(memory))  # (B, heads, M, C / heads)
         # The library's softmax(q k' / sqrt(C / heads)) v never writes the (N, M) weights out: among
         # the 1 + 32 * 32 pixels of a 512 crop they would be a million numbers a head and photo.
         seen = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
-        return self.drop(self.proj(seen.transpose(1, 2).flatten(2)))  # (B, N, C)
+        seen = seen.transpose(1, 2).flatten(2)  # (B, N, C), the heads side by side again
+        return self.drop(self.proj(seen))  # (B, N, C)
 
 
 class CoAttentionLayer(nn.Module):
@@ -299,12 +316,20 @@ class CoAttention(nn.Module):
         # Both sides are projected from CLIP's embedding (D = 512 for ViT-B/16) to `width` (256),
         # and back at the end. Only `visual_in` closes with a LayerNorm, `text_in` does not (9).
         self.visual_in = nn.Sequential(
-            nn.LayerNorm(channels), nn.Linear(channels, width), nn.LayerNorm(width))
-        self.text_in = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
+            nn.LayerNorm(channels),
+            nn.Linear(channels, width),
+            nn.LayerNorm(width))
+        self.text_in = nn.Sequential(
+            nn.LayerNorm(channels),
+            nn.Linear(channels, width))
         self.text_layers = nn.ModuleList(CoAttentionLayer(width, heads) for _ in range(3))
         self.visual_layers = nn.ModuleList(CoAttentionLayer(width, heads) for _ in range(3))
-        self.text_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels))
-        self.visual_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels))
+        self.text_out = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, channels))
+        self.visual_out = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, channels))
         # As released (9). What keeps the sum near CLIP's at first are gamma and beta, 0.1.
         for name, value in self.named_parameters():
             if name.endswith("bias"):
@@ -323,8 +348,10 @@ class CoAttention(nn.Module):
         # other, and what one side has already concluded does not come back to it as evidence (9).
         pixels, names = visual, text
         for visual_layer, text_layer in zip(self.visual_layers, self.text_layers):
-            pixels = visual_layer(pixels if self.chain else visual, text)  # (B, 1 + N, width)
-            names = text_layer(names if self.chain else text, visual)  # (B, K, width)
+            if not self.chain:
+                pixels, names = visual, text
+            pixels = visual_layer(pixels, text)  # (B, 1 + N, width)
+            names = text_layer(names, visual)  # (B, K, width)
         return self.visual_out(pixels), self.text_out(names)
 
 
@@ -402,7 +429,8 @@ class TextGuidedDecoder(nn.Module):
         # Top down. Upsampling goes to the finer level's size and not by a factor of 2, because a
         # grid of 33 tokens has 16 below it.
         for i in (2, 1, 0):
-            x[i] = x[i] + F.interpolate(x[i + 1], x[i].shape[2:], mode="nearest")
+            size = x[i].shape[2:]
+            x[i] = x[i] + F.interpolate(x[i + 1], size, mode="nearest")
         # 3x3 convolutions smooth the blocks that nearest upsampling leaves.
         return [conv(level) for conv, level in zip(self.smooth, x)]
 
@@ -414,7 +442,8 @@ class TextGuidedDecoder(nn.Module):
         x = [climb(level) for climb, level in zip(self.climb, levels)]
         # On odd grids the coarser levels come out a little off and are resized to the finest: of 33
         # tokens a side, stride 32 has 16, which climb to 128, where stride 4 has 132.
-        return sum(resize(level, x[0].shape[2:]) for level in x)
+        size = x[0].shape[2:]  # (H/4, W/4)
+        return sum(resize(level, size) for level in x)
 
     def forward(self, pyramid):
         """Logits (B, K, H/4, W/4) of a joined pyramid, four (B, channels, ., .)."""
@@ -470,17 +499,21 @@ class WeakCLIP(nn.Module):
         if switches.prompts:
             # PAPER learnable prompts. One set serves all classes, as the sentence around a name
             # would; 8 vectors of standard deviation 1 before truncation are as released (7).
-            start = torch.empty(1, CONTEXTS, clip_model.token_embedding.embedding_dim)
-            self.contexts = nn.Parameter(nn.init.trunc_normal_(start))
+            text_width = clip_model.token_embedding.embedding_dim
+            contexts = torch.empty(1, CONTEXTS, text_width)
+            nn.init.trunc_normal_(contexts)
+            self.contexts = nn.Parameter(contexts)
         if switches.coattention:
-            self.coattention = CoAttention(
-                channels, half, max(1, half // 64), switches.chain_coattention)
+            heads = max(1, half // 64)
+            self.coattention = CoAttention(channels, half, heads, switches.chain_coattention)
             # How much is added per channel: gamma to the texts, beta to the pixels. At 0.1
             # co-attention changes little at first, and the score map begins nearly as
             # CLIP's own.
             self.gamma = nn.Parameter(0.1 * torch.ones(channels))
             self.beta = nn.Parameter(0.1 * torch.ones(channels))
-        level_channels = width + K if switches.text_guidance else width
+        level_channels = width
+        if switches.text_guidance:
+            level_channels += K
         self.decoder = TextGuidedDecoder(level_channels, half, half, K)
 
         if not switches.positions_resized_once:
@@ -503,7 +536,8 @@ class WeakCLIP(nn.Module):
         if min(H, W) < 32:
             raise ValueError(f"an image of {H} x {W} pixels: 32 x 32 is the least")
         visual = self.clip.visual
-        h, w = H // 16, W // 16
+        h = H // 16
+        w = W // 16
         # CLIP learned 14 x 14 places, of photos of 224 pixels. Resized, the table tells the same
         # about 32 x 32 of them: what is left, right, above and below.
         positions = clip.resize_positions(visual.positional_embedding, h, w)  # (1 + h*w, C)
@@ -512,22 +546,29 @@ class WeakCLIP(nn.Module):
             positions[0] += visual.class_embedding
         # Nothing of a frozen CLIP needs a gradient, so torch keeps none of its activations: a batch
         # of crops fits into a fraction of the memory, and backward ends at the adapter.
-        after = [visual.embed(image, positions)]  # after[n]: tokens (B, 1 + h*w, C) after n blocks
+        x = visual.embed(image, positions)  # (B, 1 + h*w, C)
+        after = [x]  # after[n]: the tokens after n blocks
         blocks = visual.transformer.resblocks
         # RELEASED drop_path: rising from 0 at the first block to 0.1 at the last (5)
         rates = np.linspace(0, self.switches.drop_path, len(blocks))
         for block, rate in zip(blocks, rates):
-            after.append(block(after[-1], rate=rate))
+            x = block(x, rate=rate)  # (B, 1 + h*w, C)
+            after.append(x)
         # CLIP projects its class token only. The same projection of every other token gives each
         # place a feature that can be compared with texts.
-        embedded = visual.ln_post(after[-1]) @ visual.proj  # (B, 1 + h*w, D)
+        embedded = visual.ln_post(x)  # (B, 1 + h*w, C)
+        embedded = embedded @ visual.proj  # (B, 1 + h*w, D)
         # For ViT-B/16 the tokens after blocks 4, 6, 8 and 12.
         # GUESS the same parts of the depth for another CLIP
-        taps = [round(len(blocks) * part) for part in (1 / 3, 1 / 2, 2 / 3, 1)]
+        parts = (1 / 3, 1 / 2, 2 / 3, 1)
+        taps = [round(len(blocks) * part) for part in parts]
         # Token 0 is the class token. It belongs to no place, so the grids leave it out. Of the
         # others number i*w + j is row i, column j.
-        tokens = [after[n][:, 1:].transpose(1, 2) for n in taps]  # four (B, C, h*w)
-        grids = [x.unflatten(2, (h, w)).contiguous() for x in tokens]  # four (B, C, h, w)
+        grids = []
+        for n in taps:
+            places = after[n][:, 1:].transpose(1, 2)  # (B, C, h*w)
+            grid = places.unflatten(2, (h, w))  # (B, C, h, w)
+            grids.append(grid.contiguous())
         return grids, embedded
 
     def encode_text(self):
@@ -543,7 +584,9 @@ class WeakCLIP(nn.Module):
         end = self.token_ids.argmax(1)  # (K,): the end token has the largest id
         if self.switches.prompts:
             contexts = self.contexts.expand(len(x), -1, -1)  # (K, P, C)
-            x = torch.cat([x[:, :1], contexts, x[:, 1:]], 1)  # (K, P + L, C)
+            start = x[:, :1]  # (K, 1, C)
+            names = x[:, 1:]  # (K, L - 1, C), with their end tokens and padding
+            x = torch.cat([start, contexts, names], 1)  # (K, P + L, C)
             end = end + contexts.shape[1]  # the contexts moved it back by P
         return self.clip.encode_vectors(x, end)  # (K, D)
 
@@ -564,7 +607,8 @@ class WeakCLIP(nn.Module):
         # CLIP was trained to compare directions, not lengths, so both sides come to length one,
         # and their product is the cosine.
         text = F.normalize(text, dim=2)  # (B, K, D)
-        visual = F.normalize(visual[:, 1:], dim=2)  # (B, h*w, D); the global token has served
+        visual = visual[:, 1:]  # (B, h*w, D); the global token has served
+        visual = F.normalize(visual, dim=2)
         score = text @ visual.transpose(1, 2)  # (B, K, h*w)
         return score.unflatten(2, size)  # (B, K, h, w)
 
@@ -578,8 +622,11 @@ class WeakCLIP(nn.Module):
         # With corners aligned, unlike all other resizes: as released (11). So the map's cells are
         # off the places that they speak of, at the borders by 6 pixels at stride 4, 4 at stride 8
         # and 8 at stride 32. The decoder learns with the shift, so no switch undoes it.
-        return [torch.cat([level, resize(score, level.shape[2:], align_corners=True)], 1)
-                for level in pyramid]
+        joined = []
+        for level in pyramid:
+            guide = resize(score, level.shape[2:], align_corners=True)  # (B, K, ., .)
+            joined.append(torch.cat([level, guide], 1))  # (B, C + K, ., .)
+        return joined
 
     def forward(self, image, text=None):
         """Logits (B, K, 4h, 4w), a quarter of the image's size, and score map (B, K, h, w).
@@ -590,7 +637,8 @@ class WeakCLIP(nn.Module):
         grids, visual = self.encode_image(image)  # four (B, C, h, w); V (B, 1 + h*w, D)
         if text is None:
             text = self.encode_text()  # (K, D)
-        score = self.match(visual, text, grids[0].shape[2:])  # (B, K, h, w)
+        size = grids[0].shape[2:]  # (h, w)
+        score = self.match(visual, text, size)  # (B, K, h, w)
         pyramid = self.adapter(grids)  # four (B, C, ., .) at strides 4, 8, 16 and 32
         joined = self.join_score_map(pyramid, score)  # four (B, C + K, ., .)
         return self.decoder(joined), score
@@ -618,9 +666,12 @@ def seeding_loss(p, y):
     # In most photos background covers more than all objects together. In a plain mean "all is
     # background" would be a good answer; so each side has a mean of its own, and the same weight.
     # With 96 seed pixels of a bird among 64 * 64 = 4,096, each weighs as much as 42 of the sky.
+    background = y == 0  # (B, h, w)
+    foreground = (y > 0) & (y != IGNORE)  # (B, h, w)
     loss = 0
-    for side in (y == 0, (y > 0) & (y != IGNORE)):  # background, foreground: (B, h, w)
-        loss = loss + (nll * side).sum((1, 2)) / side.sum((1, 2)).clamp(min=1)  # (B,)
+    for side in (background, foreground):
+        pixels = side.sum((1, 2)).clamp(min=1)  # (B,)
+        loss = loss + (nll * side).sum((1, 2)) / pixels  # (B,)
     return loss.mean()
 
 
@@ -639,7 +690,9 @@ def boundary_loss(p, q):
     """
     # Unclipped, log(q / p) reaches 16 where the network is sure (p is at least 1e-7) and the CRF
     # says otherwise; a few such pixels, which may well be the CRF's mistakes, would rule the batch.
-    return (q * (q / p).clamp(0.05, 20).log()).sum(1).mean()
+    ratio = (q / p).clamp(0.05, 20)  # (B, K, h, w)
+    divergence = (q * ratio.log()).sum(1)  # (B, h, w)
+    return divergence.mean()
 
 
 @torch.no_grad()
@@ -653,10 +706,11 @@ def crf_target(p, image, sxy):
     also move the teacher, the two would soonest agree on a flat p, to which the CRF adds nothing.
     AUDIT.md: (25), (68).
     """
+    p = p.clamp(min=1e-4)
     # Pixels pull each other to the same class: a little where they are near (Gaussian: 3 pixels,
     # weight 3), much where they have like colours (bilateral: 13 grey levels, weight 10; its 80
     # pixels are wider than the image, so that place hardly matters to it).
-    q = dense_crf(p.clamp(min=1e-4), image, gaussian=(3, 3), bilateral=(sxy, 13, 10))
+    q = dense_crf(p, image, gaussian=(3, 3), bilateral=(sxy, 13, 10))
     q = q.clamp(min=1e-4)  # as released: what the CRF rules out keeps a little
     return q / q.sum(1, keepdim=True)
 
@@ -668,10 +722,12 @@ def mean_cross_entropy(logits, labels, over_valid=True):
     # RELEASED score_loss_over_valid: mean over all pixels, unsure ones add 0 (24).
     """
     # Summed by itself: with reduction "sum" a GPU has no --deterministic way.
-    nll = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none").sum()
+    nll = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (B, H, W)
+    nll = nll.sum()
     if not over_valid:
         return nll / labels.numel()
-    return nll / (labels != IGNORE).sum().clamp(min=1)
+    valid = labels != IGNORE  # (B, H, W)
+    return nll / valid.sum().clamp(min=1)
 
 
 # Temperature of the score map's cross entropy. Cosines are within a few tenths of each other;
@@ -691,7 +747,8 @@ def score_loss(score, seeds, over_valid):
     seeds only through the decoder. It cannot see anything finer than CLIP's stride of 16.
     AUDIT.md: (11d).
     """
-    return mean_cross_entropy(resize(score / TAU, seeds.shape[1:]), seeds, over_valid)
+    logits = resize(score / TAU, seeds.shape[1:])  # (B, K, H, W)
+    return mean_cross_entropy(logits, seeds, over_valid)
 
 
 def loss_probs(logits, size, aligned):
@@ -700,9 +757,11 @@ def loss_probs(logits, size, aligned):
     logits (B, K, ., .) of the decoder; size (h, w).
     # RELEASED aligned: corners are aligned where h and w are odd, so never at crop 512 (23).
     """
+    odd = size[0] * size[1] % 2 == 1  # a product is odd where both sides are
+    corners = odd and not aligned
+    logits = resize(logits, size, align_corners=corners)  # (B, K, h, w)
     # The losses take logarithms, and a softmax in float32 can round to 0; hence the 1e-7.
-    corners = not aligned and size[0] * size[1] % 2 == 1  # a product is odd where both sides are
-    p = resize(logits, size, align_corners=corners).softmax(1) + 1e-7
+    p = logits.softmax(1) + 1e-7
     return p / p.sum(1, keepdim=True)  # (B, K, h, w)
 
 
@@ -713,7 +772,9 @@ def resize_labels(seeds, size, aligned):
     # RELEASED aligned: the pixel at a cell's first corner, not the one in its middle (22).
     """
     mode = "nearest-exact" if aligned else "nearest"
-    return F.interpolate(seeds[:, None].float(), size, mode=mode)[:, 0].long()
+    seeds = seeds[:, None].float()  # (B, 1, H, W)
+    seeds = F.interpolate(seeds, size, mode=mode)  # (B, 1, h, w)
+    return seeds[:, 0].long()
 
 
 def crf_image(image, size, switches):
@@ -727,10 +788,14 @@ def crf_image(image, size, switches):
         x = F.interpolate(image, size, mode="area")
     else:
         # In float64, as the released code's scipy has it (22), on the CPU because MPS has none.
-        x = resize(image.cpu().double(), size, align_corners=True).float().to(image)
-    mean, std = torch.tensor(colours_of(switches), device=x.device)[..., None, None]  # (3, 1, 1)
+        x = image.cpu().double()  # (B, 3, H, W)
+        x = resize(x, size, align_corners=True)
+        x = x.float().to(image)
+    colours = torch.tensor(colours_of(switches), device=x.device)  # (2, 3)
+    mean, std = colours[..., None, None]  # (3, 1, 1) each
+    x = x * std + mean  # (B, 3, h, w)
     # Cut, not rounded, in both variants, as the released code does (22).
-    return (x * std + mean).clamp(0, 255).byte()
+    return x.clamp(0, 255).byte()
 
 
 def weakclip_losses(logits, score, image, seeds, switches):
@@ -741,7 +806,8 @@ def weakclip_losses(logits, score, image, seeds, switches):
     All is computed in float32.
     AUDIT.md: (35), (17), (67).
     """
-    size = tuple(side // 8 for side in image.shape[2:])
+    H, W = image.shape[2:]
+    size = (H // 8, W // 8)
     p = loss_probs(logits.float(), size, switches.aligned)  # (B, K, H/8, W/8)
     y = resize_labels(seeds, size, switches.aligned)  # (B, H/8, W/8)
     terms = {"loss_seeding": seeding_loss(p, y)}

@@ -72,7 +72,8 @@ class Attention(nn.Module):
         self.causal = causal
         self.out_proj = nn.Linear(width, width)
         # A sum over `width` inputs of size 1 keeps size 1.
-        self.in_proj_weight = nn.Parameter(width ** -0.5 * torch.randn(3 * width, width))
+        scale = width ** -0.5
+        self.in_proj_weight = nn.Parameter(scale * torch.randn(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
 
     def split(self, x):
@@ -88,7 +89,8 @@ class Attention(nn.Module):
         # (L, L) matrix out. Seeds from CLIP (stage 1) need that matrix, with q and k from `split`.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         # Of (B, heads, L, C / heads) the heads stand side by side again, and out_proj mixes them.
-        return self.out_proj(x.transpose(1, 2).flatten(2))                     # (B, L, C)
+        x = x.transpose(1, 2).flatten(2)                                       # (B, L, C)
+        return self.out_proj(x)
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -112,8 +114,9 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         # 2 * layers outputs are added up. Were each of the usual size, the sum would grow with the
         # depth; so each starts smaller by sqrt(2 * layers), 4.9 for 12, and the sum keeps its size.
-        for last in (self.attn.out_proj, self.mlp.c_proj):
-            nn.init.normal_(last.weight, std=(2 * layers * width) ** -0.5)
+        std = (2 * layers * width) ** -0.5
+        nn.init.normal_(self.attn.out_proj.weight, std=std)
+        nn.init.normal_(self.mlp.c_proj.weight, std=std)
         nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
 
     def forward(self, x, rate=0.0):
@@ -129,8 +132,9 @@ class ResidualAttentionBlock(nn.Module):
 def transformer(width, layers, causal=False):
     """`layers` blocks one after another, (B, L, C) -> (B, L, C); they are its `resblocks`."""
     blocks = [ResidualAttentionBlock(width, layers, causal) for _ in range(layers)]
+    resblocks = nn.Sequential(*blocks)
     # The name is OpenAI's: weights are called transformer.resblocks.11.ln_1.bias.
-    return nn.Sequential(OrderedDict(resblocks=nn.Sequential(*blocks)))
+    return nn.Sequential(OrderedDict(resblocks=resblocks))
 
 
 # --------------------------------------------------------------------------- the image encoder
@@ -148,8 +152,9 @@ def resize_positions(table, h, w):
     AUDIT.md: (41).
     """
     side = math.isqrt(len(table) - 1)
-    grid = table[1:].T.unflatten(1, (side, side))[None]                        # (1, C, side, side)
-    grid = F.interpolate(grid, (h, w), mode="bilinear")
+    grid = table[1:].T                                                         # (C, side*side)
+    grid = grid.unflatten(1, (side, side))[None]                               # (1, C, side, side)
+    grid = F.interpolate(grid, (h, w), mode="bilinear")                        # (1, C, h, w)
     grid = grid[0].flatten(1).T                                                # (h*w, C)
     return torch.cat([table[:1], grid])                                        # (1 + h*w, C)
 
@@ -166,7 +171,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         # `width` numbers of this size make a vector of length 1.
         scale = width ** -0.5
-        positions = (resolution // patch) ** 2 + 1
+        side = resolution // patch
+        positions = 1 + side * side
         # A convolution whose stride is its size is one linear map, the same for each patch.
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
@@ -187,24 +193,29 @@ class VisionTransformer(nn.Module):
         """
         x = self.conv1(image)                                                  # (B, C, h, w)
         if positions is None:
-            positions = resize_positions(self.positional_embedding, *x.shape[2:])
+            h, w = x.shape[2:]
+            positions = resize_positions(self.positional_embedding, h, w)
         x = x.flatten(2).transpose(1, 2)                                       # (B, h*w, C)
         # The class token holds no patch. It starts alike in every image and gathers what the blocks
         # find there.
-        class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)   # (B, 1, C)
+        class_token = self.class_embedding.to(x.dtype)                         # (C,)
+        class_token = class_token.expand(len(x), 1, -1)                        # (B, 1, C)
+        x = torch.cat([class_token, x], 1)                                     # (B, 1 + h*w, C)
         # Attention does not see order: shuffled tokens would give shuffled outputs. Where a patch
         # lies is known only by the vector added here.
-        x = torch.cat([class_token, x], 1) + positions.to(x.dtype)             # (B, 1 + h*w, C)
+        x = x + positions.to(x.dtype)
         # Blocks add to x and never rescale it. Patches, class token and positions come in sizes of
         # their own; ln_pre (CLIP's addition to ViT) brings every token to one size before the first
         # sum.
         return self.ln_pre(x)
 
     def forward(self, image):
-        x = self.transformer(self.embed(image))                                # (B, 1 + h*w, C)
+        x = self.embed(image)                                                  # (B, 1 + h*w, C)
+        x = self.transformer(x)                                                # (B, 1 + h*w, C)
         # Only the class token was trained to lie near texts. WeakCLIP and CLIP-ES send the patches'
         # tokens through the same two maps.
-        return self.ln_post(x[:, 0]) @ self.proj                               # (B, output_dim)
+        x = self.ln_post(x[:, 0])                                              # (B, C)
+        return x @ self.proj                                                   # (B, output_dim)
 
 
 # -------------------------------------------------------------------------------- both together
@@ -217,19 +228,21 @@ class CLIP(nn.Module):
     width**-0.5).
     """
 
-    def __init__(self, embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768,
-                 vision_patch_size=16, context_length=77, vocab_size=49408, transformer_width=512,
-                 transformer_layers=12):
+    def __init__(self, embed_dim=512,
+                 image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=16,
+                 context_length=77, vocab_size=49408,
+                 transformer_width=512, transformer_layers=12):
         super().__init__()
         self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width,
                                         vision_layers, embed_dim)
         self.transformer = transformer(transformer_width, transformer_layers, causal=True)
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
-        self.positional_embedding = nn.Parameter(
-            0.01 * torch.randn(context_length, transformer_width))
+        positions = 0.01 * torch.randn(context_length, transformer_width)
+        self.positional_embedding = nn.Parameter(positions)
         self.ln_final = nn.LayerNorm(transformer_width)
-        self.text_projection = nn.Parameter(
-            transformer_width ** -0.5 * torch.randn(transformer_width, embed_dim))
+        scale = transformer_width ** -0.5
+        projection = scale * torch.randn(transformer_width, embed_dim)
+        self.text_projection = nn.Parameter(projection)
         # The logarithm of 1 / temperature: whatever training does to it, the temperature stays
         # positive. It began at log(1 / 0.07) = 2.66 and ended at its limit, log(100) = 4.61.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -247,17 +260,20 @@ class CLIP(nn.Module):
         try:
             # OpenAI's archives hold half precision, which CPUs are slow in and training is unstable
             # in.
-            floats = {name: value.clone().float()
-                      for name, value in state.items() if name not in EXTRA_KEYS}
+            floats = {}
+            for name, value in state.items():
+                if name not in EXTRA_KEYS:
+                    floats[name] = value.clone().float()
             # On the "meta" device a model has shapes but no memory, so that 150 million numbers
             # need not be drawn first; `assign` then makes the copies its parameters.
             with torch.device("meta"):
                 model = cls(**sizes_of(floats))
             model.load_state_dict(floats, assign=True)
         except (AttributeError, LookupError, RuntimeError, TypeError) as e:
+            reason = " ".join(str(e).split())
             raise ValueError(f"{source}: not a CLIP (HuggingFace's form of it has other names); "
                              "wanted is OpenAI's ViT-B-16.pt or its state dict; missing or wrong: "
-                             f"{' '.join(str(e).split())}") from None
+                             f"{reason}") from None
         return model.eval()
 
     def encode_image(self, image):
@@ -276,7 +292,8 @@ class CLIP(nn.Module):
         AUDIT.md: (37).
         """
         # The end token's id, 49407, is the largest of all; of several the first is taken.
-        return self.encode_vectors(self.token_embedding(tokens), tokens.argmax(1))
+        end = tokens.argmax(1)                                                 # (B,)
+        return self.encode_vectors(self.token_embedding(tokens), end)          # (B, embed_dim)
 
     def encode_vectors(self, x, end):
         """The same of texts that are vectors already, x (B, L, C); `end` (B,): their end tokens.
@@ -284,9 +301,12 @@ class CLIP(nn.Module):
         So stage 2 puts vectors of its own among those of a class's name.
         """
         x = x + self.positional_embedding[:x.shape[1]]                         # (B, L, C)
-        x = self.ln_final(self.transformer(x))                                 # (B, L, C)
-        # x[0, end[0]], x[1, end[1]], ...: (B, C), and projected (B, embed_dim)
-        return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
+        x = self.transformer(x)                                                # (B, L, C)
+        x = self.ln_final(x)                                                   # (B, L, C)
+        # x[0, end[0]], x[1, end[1]], ...
+        rows = torch.arange(len(x), device=x.device)                           # (B,)
+        x = x[rows, end]                                                       # (B, C)
+        return x @ self.text_projection                                        # (B, embed_dim)
 
     def forward(self, image, tokens):
         """logits_per_image (B_image, B_text) = exp(logit_scale) * cosine.
@@ -309,10 +329,13 @@ def sizes_of(state):
     width, _, _, patch = state["visual.conv1.weight"].shape
     # One norm ln_1 stands in each block, and its weights have names like
     # visual.transformer.resblocks.11.ln_1.bias and transformer.resblocks.11.ln_1.bias.
-    layers = Counter(name.split(".")[0] for name in state if name.endswith(".ln_1.bias"))
+    norms = [name for name in state if name.endswith(".ln_1.bias")]
+    layers = Counter(name.split(".")[0] for name in norms)  # of "visual" and of "transformer"
+    positions = len(state["visual.positional_embedding"])
+    side = math.isqrt(positions - 1)
     return {
         "embed_dim": state["text_projection"].shape[1],
-        "image_resolution": math.isqrt(len(state["visual.positional_embedding"]) - 1) * patch,
+        "image_resolution": side * patch,
         "vision_layers": layers["visual"],
         "vision_width": width,
         "vision_patch_size": patch,

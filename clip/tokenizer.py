@@ -59,9 +59,14 @@ def byte_symbols():
     The order counts: a byte's place in this table is its token id, so "!" is 0 and "a" is 64.
     """
     # "!" to "~", "¡" to "¬" and "®" to "ÿ". Python counts the space as printable too.
-    table = {byte: chr(byte) for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "}
+    table = {}
+    for byte in range(256):
+        if chr(byte).isprintable() and chr(byte) != " ":
+            table[byte] = chr(byte)
     moved = [byte for byte in range(256) if byte not in table]
-    return table | {byte: chr(256 + i) for i, byte in enumerate(moved)}
+    for i, byte in enumerate(moved):
+        table[byte] = chr(256 + i)
+    return table
 
 
 @cache
@@ -70,11 +75,13 @@ def vocabulary():
 
     A merge's rank is its place in the list, 0 for the pair that was commonest when the list began.
     """
-    lines = gzip.decompress(VOCABULARY.read_bytes()).decode().split("\n")
+    content = gzip.decompress(VOCABULARY.read_bytes())
+    lines = content.decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1:MERGES + 1]]  # without the header
     symbols = list(byte_symbols().values())                         # ids 0 to 255
     symbols += [s + "</w>" for s in symbols]                        # 256 to 511
-    symbols += ["".join(pair) for pair in merges] + [START, END]    # 512 to 49,407
+    symbols += ["".join(pair) for pair in merges]                   # 512 to 49,405
+    symbols += [START, END]                                         # 49,406 and 49,407
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     ids = {symbol: i for i, symbol in enumerate(symbols)}
     return ranks, ids
@@ -89,7 +96,8 @@ def merge(word):
     symbols, whatever stands around it. So what was found once is kept.
     """
     ranks, _ = vocabulary()
-    parts = [*word[:-1], word[-1] + "</w>"]
+    parts = list(word)
+    parts[-1] += "</w>"
     while len(parts) > 1:
         # Not the first pair nor the longest, but the one that was learned first: so the result is
         # the one that the merges, replayed in the order in which they were learned, would give.
@@ -116,13 +124,17 @@ def encode(text):
     symbols = byte_symbols()
     # Captions came from web pages: broken encodings are mended, and "&amp;amp;", escaped twice, is
     # "&".
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    text = " ".join(text.split()).lower()  # all white space is alike, and so are "Cat" and "cat"
+    text = ftfy.fix_text(text)
+    text = html.unescape(html.unescape(text))
+    text = " ".join(text.split())  # all white space is alike
+    text = text.lower()            # and so are "Cat" and "cat"
     out = []
     for piece in regex.findall(PIECES, text, regex.IGNORECASE):
         word = "".join(symbols[byte] for byte in piece.encode())
-        # A special token inside a string stays one token.
-        parts = [word] if word in (START, END) else merge(word)
+        if word in (START, END):
+            parts = [word]  # a special token inside a string stays one token
+        else:
+            parts = merge(word)
         out += [ids[part] for part in parts]
     return out
 

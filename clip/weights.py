@@ -65,7 +65,9 @@ def load(name, seed=0):
     if name == "random":
         torch.manual_seed(seed)
         return CLIP(), f"random, seed {seed}"
-    path = fetch(URL, DIGEST, "~/.cache/clip", "--clip FILE") if name == NAME else Path(name)
+    path = Path(name)
+    if name == NAME:
+        path = fetch(URL, DIGEST, "~/.cache/clip", "--clip FILE")
     if not path.is_file():
         raise ValueError(f"--clip {name}: neither a file nor {NAME}")
     model = CLIP.from_state_dict(read_file(path, "CLIP"), path)
@@ -142,8 +144,10 @@ def read_file(path, what):
         # torch.jit.load, which may run its code; renamed, it is a zip like any other.
         content = Path(path).read_bytes().replace(b"constants.pkl", b"constants.not")
         # torch does not look at a zip's checksums, and would take a changed number as it is.
-        if content[:2] == b"PK" and zipfile.ZipFile(io.BytesIO(content)).testzip():
-            raise ValueError("it is damaged")
+        if content[:2] == b"PK":
+            archive = zipfile.ZipFile(io.BytesIO(content))
+            if archive.testzip():
+                raise ValueError("it is damaged")
         value = torch.load(io.BytesIO(content), map_location="cpu", pickle_module=Pickle,
                            weights_only=False)
         return flatten(value) if isinstance(value, Inert) else value
