@@ -199,13 +199,12 @@ def find_dataset(name):
 
     Raises ValueError where there is none, and for a classes.txt that is no list of names.
     """
-    for place in ("", "data", "data/VOCdevkit"):
-        root = Path(place, name)
-        if (root / "JPEGImages").is_dir():
-            break
-    else:  # in none of them
+    places = [Path(place, name) for place in ("", "data", "data/VOCdevkit")]
+    found = [place for place in places if (place / "JPEGImages").is_dir()]
+    if not found:
         raise ValueError(f"--data {name}: no folder with JPEGImages/ here, in data/ or in "
                          "data/VOCdevkit/; eval.py --data VOC2012 --download brings VOC")
+    root = found[0]
     name = dataset_name(root)
     path = root / "classes.txt"
     if path.is_file():

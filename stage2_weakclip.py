@@ -319,17 +319,11 @@ class CoAttention(nn.Module):
             nn.LayerNorm(channels),
             nn.Linear(channels, width),
             nn.LayerNorm(width))
-        self.text_in = nn.Sequential(
-            nn.LayerNorm(channels),
-            nn.Linear(channels, width))
+        self.text_in = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
         self.text_layers = nn.ModuleList(CoAttentionLayer(width, heads) for _ in range(3))
         self.visual_layers = nn.ModuleList(CoAttentionLayer(width, heads) for _ in range(3))
-        self.text_out = nn.Sequential(
-            nn.LayerNorm(width),
-            nn.Linear(width, channels))
-        self.visual_out = nn.Sequential(
-            nn.LayerNorm(width),
-            nn.Linear(width, channels))
+        self.text_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels))
+        self.visual_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels))
         # As released (9). What keeps the sum near CLIP's at first are gamma and beta, 0.1.
         for name, value in self.named_parameters():
             if name.endswith("bias"):
@@ -835,7 +829,9 @@ def fit_size(H, W, short, long):
     AUDIT.md: (73).
     """
     scale = min(long / max(H, W), short / min(H, W))
-    return tuple(max(1, int(side * scale + 0.5)) for side in (H, W))
+    h = max(1, int(H * scale + 0.5))
+    w = max(1, int(W * scale + 0.5))
+    return h, w
 
 
 def resize_image(image, size):
@@ -843,15 +839,17 @@ def resize_image(image, size):
 
     No low-pass comes before a reduction: the released code's OpenCV has none either.
     """
-    x = torch.from_numpy(image).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
+    x = torch.from_numpy(image).permute(2, 0, 1)  # (3, H, W)
+    x = resize(x[None].float(), size)[0]  # (3, h, w)
     # Rounded, not cut: cutting would make every resized photo half a grey level darker.
-    x = resize(x, size)[0].round().byte()  # (3, h, w)
+    x = x.round().byte()
     return x.permute(1, 2, 0).numpy()
 
 
 def stretch(x, factor, shift=0):
     """x * factor + shift, cut to uint8 as OpenCV's arrays are after each step."""
-    return np.uint8(np.clip(np.float32(x) * factor + shift, 0, 255))
+    x = np.float32(x) * factor + shift
+    return np.uint8(np.clip(x, 0, 255))
 
 
 def photometric_distortion(rng, image):
@@ -876,12 +874,15 @@ def photometric_distortion(rng, image):
         image = stretch(image, contrast)
     saturation = rng.uniform(0.5, 1.5) if coin() else 1
     # The released hue has 180 steps of 2 degrees, Pillow's 256; uint8 wraps as a circle.
-    hue = round(int(rng.integers(-18, 18)) * 256 / 180) if coin() else 0
+    steps = int(rng.integers(-18, 18)) if coin() else 0
+    hue = round(steps * 256 / 180)
     if hue or saturation != 1:
-        hsv = np.array(Image.fromarray(image).convert("HSV"))
+        picture = Image.fromarray(image).convert("HSV")
+        hsv = np.array(picture)  # (H, W, 3)
         hsv[..., 1] = stretch(hsv[..., 1], saturation)
         hsv[..., 0] += np.uint8(hue % 256)
-        image = np.array(Image.fromarray(hsv, "HSV").convert("RGB"))
+        picture = Image.fromarray(hsv, "HSV").convert("RGB")
+        image = np.array(picture)
     return image if contrast_first else stretch(image, contrast)
 
 
@@ -891,12 +892,18 @@ def random_crop(rng, label, crop):
     label (H, W) of numbers. The corner is drawn anew up to 10 times, then the last one stands.
     AUDIT.md: (74).
     """
+    H, W = label.shape
+    # An image smaller than the crop has one place only, 0: what it lacks is padded later.
+    last_top = max(H - crop, 0)
+    last_left = max(W - crop, 0)
     # A crop of nothing but background teaches little, and the seeding loss would have one side.
     # Where one object covers an eighth of the photo few corners are better: so 11 draws at most.
     for _ in range(11):
-        top, left = (int(rng.integers(0, max(side - crop, 0) + 1)) for side in label.shape)
+        top = rng.integers(0, last_top + 1)
+        left = rng.integers(0, last_left + 1)
         part = label[top:top + crop, left:left + crop]
-        counts = np.bincount(part[part != IGNORE], minlength=2)
+        labelled = part[part != IGNORE]  # a row of class numbers
+        counts = np.bincount(labelled, minlength=2)
         if counts.max() < 0.75 * counts.sum():  # so at least two labels are there
             break
     return top, left
@@ -917,27 +924,35 @@ def seeded_image(data, seeds, crop, switches, image_id, rng):
     AUDIT.md: (46), (75).
     """
     image = data.image(image_id)  # (H, W, 3)
+    H, W = image.shape[:2]
     path = find_file(seeds, image_id)
-    label = read_label(path, len(data.classes), image.shape[:2])  # (H, W)
+    label = read_label(path, len(data.classes), (H, W))  # (H, W)
     # Objects are shown half to twice as large as in the photo whose short side is the crop; the
     # long side is at most 4 * crop * ratio, as released. A photo of 375 x 500 gets
     # 256 x 341 pixels at least, which leaves two thirds of a crop of 512 to padding, and 1024 x
     # 1365 at most, of which the crop shows a fifth.
     ratio = rng.uniform(0.5, 2)
-    size = fit_size(*image.shape[:2], int(crop * ratio), int(4 * crop * ratio))
+    short = int(crop * ratio)
+    long = int(4 * crop * ratio)
+    size = fit_size(H, W, short, long)  # (h, w)
     image = resize_image(image, size)  # (h, w, 3)
     # Where not aligned, labels end up half a pixel off the image (22).
-    label = resize_labels(torch.from_numpy(label)[None], size, switches.aligned)[0]  # (h, w)
+    label = torch.from_numpy(label)[None]  # (1, H, W)
+    label = resize_labels(label, size, switches.aligned)[0]  # (h, w)
     top, left = random_crop(rng, label.numpy(), crop)
     window = np.s_[top:top + crop, left:left + crop]
     image = photometric_distortion(rng, image[window])
-    x, y = normalise(image, colours_of(switches)), label[window]  # (3, h, w), (h, w)
+    x = normalise(image, colours_of(switches))  # (3, h, w), at most (3, crop, crop)
+    y = label[window]  # (h, w)
     # A horse that looks to the left is as much of a horse.
     if rng.random() < 0.5:
-        x, y = x.flip(2), y.flip(1)
+        x = x.flip(2)
+        y = y.flip(1)
     # What the image does not fill is padded right and below: grey, that is 0 after normalising, and
     # unsure.
-    return crop_or_pad(x, crop, 0), crop_or_pad(y, crop, IGNORE)
+    x = crop_or_pad(x, crop, 0)  # (3, crop, crop)
+    y = crop_or_pad(y, crop, IGNORE)  # (crop, crop)
+    return x, y
 
 
 def training_ids(data, args, switches):
@@ -945,7 +960,8 @@ def training_ids(data, args, switches):
     ids = data.ids(args.split, args.limit)
     if switches.train_listed_twice and args.split == "trainaug":
         # RELEASED train_listed_twice: trainaug contains train, and both lists are read (27)
-        ids = ids + [image_id for image_id in data.ids("train") if image_id in ids]
+        again = [image_id for image_id in data.ids("train") if image_id in ids]
+        ids = ids + again
     return ids
 
 
@@ -1013,7 +1029,8 @@ def warm_cosine(base_lr, step, iters):
     first, 5e-7 at iteration 10,000, 1e-6 at the end (1).
     """
     warm = min(1500, int(0.075 * iters))
-    lr = 1e-6 + (base_lr - 1e-6) * (1 + math.cos(math.pi * step / iters)) / 2
+    falling = (1 + math.cos(math.pi * step / iters)) / 2  # from 1 at the start to 0 at the end
+    lr = 1e-6 + (base_lr - 1e-6) * falling
     if step < warm:
         lr *= 1 - (1 - step / warm) * (1 - 1e-6)
     return lr
@@ -1035,7 +1052,8 @@ def train(model, data, ids, args, machine, folder, facts):
     bar = batches(ids, make, args, start, machine)
     for step, parts in bar:
         # Dropout draws from (seed, iteration, process), so that a resumed run draws the same.
-        torch.manual_seed((args.seed << 32) + step * machine.world + machine.rank)
+        turn = step * machine.world + machine.rank
+        torch.manual_seed((args.seed << 32) + turn)
         for group in optimizer.param_groups:
             group["lr"] = warm_cosine(group["base_lr"], step, args.iters)
         optimizer.zero_grad()
@@ -1047,7 +1065,8 @@ def train(model, data, ids, args, machine, folder, facts):
                 logits, score = model(image)  # (B, K, H/4, W/4), (B, K, H/16, W/16)
             losses = weakclip_losses(logits, score, image, seeds, switches)
             # Divided, so that the gradients that the parts add up are their mean.
-            (sum(losses.values()) / args.accumulate).backward()
+            total = sum(losses.values()) / args.accumulate
+            total.backward()
             for name, loss in losses.items():
                 terms[name] += loss.detach() / args.accumulate
         machine.average_gradients(model)
@@ -1073,7 +1092,8 @@ def window_starts(length, crop):
     AUDIT.md: (81).
     """
     last = max(length - crop, 0)
-    return [*range(0, last, 2 * crop // 3), last]
+    step = 2 * crop // 3
+    return [*range(0, last, step), last]
 
 
 def window_logits(model, x, text):
@@ -1090,7 +1110,8 @@ def window_logits(model, x, text):
         below = max(-h % 16, 32 - h)
         x = F.pad(x, (0, right, 0, below))
     logits, _ = model(x, text)  # (B, K, ., .) at a quarter
-    return resize(logits.float(), x.shape[2:])[..., :h, :w]
+    logits = resize(logits.float(), x.shape[2:])  # at the padded size
+    return logits[..., :h, :w]
 
 
 def slide(model, x, text):
@@ -1102,13 +1123,16 @@ def slide(model, x, text):
     H, W = x.shape[2:]
     total = x.new_zeros(1, len(text), H, W)
     count = x.new_zeros(1, 1, H, W)
-    lefts = window_starts(W, model.crop)
-    for top in window_starts(H, model.crop):
+    crop = model.crop
+    lefts = window_starts(W, crop)
+    for top in window_starts(H, crop):
         # All windows of a view have one size, that of the crop or of a smaller view.
-        places = [np.s_[..., top:top + model.crop, left:left + model.crop] for left in lefts]
+        rows = slice(top, top + crop)
+        places = [np.s_[..., rows, left:left + crop] for left in lefts]
         windows = torch.cat([x[place] for place in places])  # (n, 3, h, w)
-        for place, logits in zip(places, window_logits(model, windows, text)):
-            total[place] += logits  # (K, h, w)
+        logits = window_logits(model, windows, text)  # (n, K, h, w)
+        for place, seen in zip(places, logits):
+            total[place] += seen  # (K, h, w)
             count[place] += 1
     return total / count
 
@@ -1129,7 +1153,9 @@ def probabilities(model, views, size, text):
         p = resize(logits, size).softmax(1)  # (1, K, H, W)
         # The mirror is undone last, when the view has the photo's size: resizing and softmax do
         # not care, and here all views meet pixel on pixel.
-        total += p.flip(3) if mirrored else p
+        if mirrored:
+            p = p.flip(3)
+        total += p
     return (total / len(views))[0]
 
 
@@ -1139,9 +1165,11 @@ def make_views(image, args, colours, short, long):
     One view for each of args.scales and, with args.flip, its mirror image. At scale 1 it fits the
     sides `short` and `long`, as `fit_size` says.
     """
+    H, W = image.shape[:2]
     for scale in args.scales:
-        size = fit_size(*image.shape[:2], short * scale, long * scale)
-        x = normalise(resize_image(image, size), colours)[None]  # (1, 3, h, w)
+        size = fit_size(H, W, short * scale, long * scale)  # (h, w)
+        resized = resize_image(image, size)  # (h, w, 3)
+        x = normalise(resized, colours)[None]  # (1, 3, h, w)
         yield x, False
         if args.flip:
             yield x.flip(3), True
@@ -1156,13 +1184,14 @@ def predictor(model, args, machine):
     model.to(machine.device).eval()
     with torch.no_grad(), machine.autocast:
         text = model.encode_text()  # (K, D); the same for all photos, so computed once
+    colours = colours_of(model.switches)
 
     @torch.no_grad()
     def predict(image):
-        views = list(make_views(image, args, colours_of(model.switches),
-                                model.crop, 4 * model.crop))
+        views = list(make_views(image, args, colours, model.crop, 4 * model.crop))
         with machine.autocast:
-            return probabilities(model, views, image.shape[:2], text)[model.outputs]
+            probs = probabilities(model, views, image.shape[:2], text)  # (K, H, W)
+        return probs[model.outputs]  # released COCO: 81 of its 91 channels
     return predict
 
 
@@ -1176,7 +1205,8 @@ def predictor(model, args, machine):
 
 # Of the CRF after inference: (Gaussian sxy, weight), (bilateral sxy, srgb, weight). They are not
 # the loss's constants: here a pixel is a pixel, there it is a cell of 8 x 8 (31).
-MASK_CRF = {"VOC2012": ((3, 3), (83, 5, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
+MASK_CRF = {"VOC2012": ((3, 3), (83, 5, 3)),
+            "COCO2014": ((1, 3), (67, 3, 4))}
 
 # Options that change masks but not the model that makes them.
 MASK_OPTIONS = ("scales", "flip", "crf", "label_filter")
@@ -1191,13 +1221,16 @@ def mask_from(probs, image, crf, allowed):
     classes = torch.tensor(allowed or range(len(probs)), device=probs.device)
     # The CRF sees the classes that win somewhere. The others would hardly change its answer, and
     # its time grows with their number. What is left is not renormalised, as released.
-    classes = classes[probs[classes].argmax(0).unique()]  # (J,)
+    winners = probs[classes].argmax(0).unique()  # (J,) places in `classes`
+    classes = classes[winners]  # (J,) class numbers
     probs = probs[classes]  # (J, H, W)
     if crf and len(classes) > 1:  # where one class is left, nothing is to be decided
         rgb = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W)
         # The floor: a class that is impossible at a pixel could never return there.
-        probs = dense_crf(probs.clamp(min=1e-5)[None], rgb, *crf)[0]  # (J, H, W)
-    return classes[probs.argmax(0)].byte().cpu().numpy()
+        probs = probs.clamp(min=1e-5)[None]  # (1, J, H, W)
+        probs = dense_crf(probs, rgb, *crf)[0]  # (J, H, W)
+    mask = classes[probs.argmax(0)]  # (H, W)
+    return mask.byte().cpu().numpy()
 
 
 def plan_masks(data, lists, folder, args, machine):
@@ -1222,7 +1255,8 @@ def plan_masks(data, lists, folder, args, machine):
         labels = data.image_labels(ids) if filtered else None
         for image_id in ids:
             allowed = [0, *labels[image_id]] if filtered else None
-            masks[folder / f"masks/{split}/{image_id}.png"] = data.image_path(image_id), allowed
+            path = folder / f"masks/{split}/{image_id}.png"
+            masks[path] = data.image_path(image_id), allowed
     return masks
 
 
@@ -1235,7 +1269,8 @@ def write_masks(predict, masks, machine, crf, classes=None):
     AUDIT.md: (29b).
     """
     # Where several processes run, each takes its share of the photos.
-    for path in tqdm(machine.share(list(masks)), "masks", disable=not MAIN):
+    share = machine.share(list(masks))
+    for path in tqdm(share, "masks", disable=not MAIN):
         if path.exists():
             continue
         photo, allowed = masks[path]
@@ -1298,7 +1333,9 @@ def mask_crf(args, table=MASK_CRF):
 
     A dataset that is not in the table gets VOC's.
     """
-    return table.get(dataset_name(args.data), table["VOC2012"]) if args.crf else None
+    if not args.crf:
+        return None
+    return table.get(dataset_name(args.data), table["VOC2012"])
 
 
 # ============================================================== checkpoints of the released code
@@ -1331,8 +1368,10 @@ def open_checkpoint(path, args, classes=None):
         switches = Switches(**facts["switches"])
         if args.set and choose_switches(args.variant, args.set) != switches:
             raise ValueError(f"--set {' '.join(args.set)}: it was trained otherwise; leave it out")
-        args.crop, args.iters = facts["crop"], saved["step"]
-        model, wanted = new_network(args, classes or facts["classes"], switches)
+        args.crop = facts["crop"]
+        args.iters = saved["step"]
+        classes = classes or facts["classes"]
+        model, wanted = new_network(args, classes, switches)
         if facts != wanted:  # crop and switches are the checkpoint's
             raise ValueError("it was trained with other classes or another CLIP; give its --clip")
         load_trained(model, saved["model"], model.frozen)
@@ -1351,19 +1390,23 @@ def open_released(saved, args, classes):
     state = {our_name(name): value for name, value in saved["state_dict"].items()}
     # It lacks the logit scale, which WeakCLIP does not read; CLIP wants one.
     state["clip.logit_scale"] = torch.zeros(())
-    clip_model = clip.CLIP.from_state_dict({name.removeprefix("clip."): value
-                                            for name, value in state.items()
-                                            if name.startswith("clip.")})
+    clip_state = {}
+    for name, value in state.items():
+        if name.startswith("clip."):
+            clip_state[name.removeprefix("clip.")] = value
+    clip_model = clip.CLIP.from_state_dict(clip_state)
     K = len(state["decoder.classify.weight"])
     classes = classes or (COCO_CLASSES if K == len(COCO_SLOTS) else VOC_CLASSES)
     names = COCO_SLOTS if classes == COCO_CLASSES else classes
     if len(names) != K:
         raise ValueError(f"it has {K} classes, the dataset {len(classes)}")
     # The table of positions is stored at the training grid: 1 + (crop / 16)^2 rows.
-    args.crop = 16 * math.isqrt(len(clip_model.visual.positional_embedding) - 1)
+    table = clip_model.visual.positional_embedding
+    args.crop = 16 * math.isqrt(len(table) - 1)
     args.iters = saved.get("meta", {}).get("iter")
     tokens = name_tokens(names, len(clip_model.positional_embedding))
-    model = WeakCLIP(clip_model, tokens, choose_switches("released", args.set), args.crop)
+    switches = choose_switches("released", args.set)
+    model = WeakCLIP(clip_model, tokens, switches, args.crop)
     load_trained(model, state)
     model.outputs = [names.index(name) for name in classes]
     return model, classes
@@ -1447,16 +1490,19 @@ def main():
     switches = choose_switches(args.variant, args.set)
     machine = Machine(args.device, args.amp)
     folder = args.runs / dataset_name(args.data) / "2_weakclip"
+    crf = mask_crf(args)
     if args.images:  # needs a checkpoint (the run's, or --checkpoint) and CLIP, but no dataset
         model, classes = open_checkpoint(args.checkpoint or folder / "checkpoint.pt", args)
         predict = predictor(model, args, machine)
-        return mask_photos(predict, args, folder, machine, mask_crf(args), classes)
+        return mask_photos(predict, args, folder, machine, crf, classes)
 
     data = open_run(args, machine)
     args.seeds = args.seeds or folder.parent / "1_cam/seeds"
     learned = training_ids(data, args, switches)
-    lists = {split: data.ids(split, args.limit)
-             for split in (args.split, "val") if data.has(split)}
+    lists = {}
+    for split in (args.split, "val"):
+        if data.has(split):
+            lists[split] = data.ids(split, args.limit)
     ids = lists[args.split]
     if MAIN:
         if args.checkpoint:
@@ -1482,9 +1528,10 @@ def main():
         return
     if not args.checkpoint:
         # Returns at once where the checkpoint is of the last iteration already.
-        train(machine.place(model), data, learned, args, machine, folder, facts)
+        model = machine.place(model)
+        train(model, data, learned, args, machine, folder, facts)
     predict = predictor(model, args, machine)
-    write_masks(predict, masks, machine, mask_crf(args))
+    write_masks(predict, masks, machine, crf)
     if MAIN:
         update_record(folder, options=vars(args), finished=True)
         command = next_command("stage3_segment.py", args, "split", "limit")

@@ -38,7 +38,8 @@ from stage2_weakclip import (MASK_OPTIONS, make_views, mask_crf, mask_options, m
 # Of the CRF at test: (Gaussian sxy, weight), (bilateral sxy, srgb, weight), as released; on VOC
 # stage 2's masks have others.
 # AUDIT.md: (72).
-SEGMENT_CRF = {"VOC2012": ((1, 3), (112, 2, 3)), "COCO2014": ((1, 3), (67, 3, 4))}
+SEGMENT_CRF = {"VOC2012": ((1, 3), (112, 2, 3)),
+               "COCO2014": ((1, 3), (67, 3, 4))}
 
 
 # ======================================================================================== model
@@ -85,20 +86,27 @@ def masked_image(data, masks, crop, image_id, rng):
     AUDIT.md: (84).
     """
     image = data.image(image_id)  # (H, W, 3)
-    mask = read_label(find_file(masks, image_id), len(data.classes), image.shape[:2])  # (H, W)
+    H, W = image.shape[:2]
+    path = find_file(masks, image_id)
+    mask = read_label(path, len(data.classes), (H, W))  # (H, W)
     # Objects are shown half to one and a half times as large as in the photo. The released code
     # jitters colours as well; ours leaves them.
     scale = rng.uniform(0.5, 1.5)
-    size = tuple(max(1, round(side * scale)) for side in mask.shape)  # (h, w)
+    h = max(1, round(H * scale))
+    w = max(1, round(W * scale))
+    image = resize_image(image, (h, w))  # (h, w, 3)
+    x = normalise(image, IMAGENET_COLOURS)  # (3, h, w)
     # Class numbers cannot be mixed, so the mask takes the nearest pixel. Pillow wants (w, h).
-    mask = np.array(Image.fromarray(mask).resize(size[::-1], Image.NEAREST))  # (h, w)
-    x = normalise(resize_image(image, size), IMAGENET_COLOURS)  # (3, h, w)
-    y = torch.from_numpy(mask).long()  # (h, w)
+    mask = Image.fromarray(mask).resize((w, h), Image.NEAREST)
+    y = torch.from_numpy(np.array(mask)).long()  # (h, w)
     if rng.random() < 0.5:
-        x, y = x.flip(2), y.flip(1)
+        x = x.flip(2)
+        y = y.flip(1)
     # GUESS padding falls on any side, where an image is smaller than the crop
-    corner = random_window(rng, size, crop)
-    return crop_or_pad(x, crop, 0, *corner), crop_or_pad(y, crop, IGNORE, *corner)
+    corner = random_window(rng, (h, w), crop)
+    x = crop_or_pad(x, crop, 0, *corner)  # (3, crop, crop)
+    y = crop_or_pad(y, crop, IGNORE, *corner)  # (crop, crop)
+    return x, y
 
 
 # ===================================================================================== training
@@ -166,15 +174,19 @@ def predictor(model, args, machine):
     @torch.no_grad()
     def predict(image):
         total = 0
-        # Scale 1 is the photo's own size: its short side, then its long one.
-        views = list(make_views(image, args, IMAGENET_COLOURS, *sorted(image.shape[:2])))
+        size = image.shape[:2]
+        short, long = sorted(size)  # so that scale 1 is the photo's own size
+        views = list(make_views(image, args, IMAGENET_COLOURS, short, long))
         for x, mirrored in views:
             with machine.autocast:
                 logits = model(x.to(machine.device))  # (1, K, h/8, w/8)
             # All views come to the photo's size; only there can they be added pixel on pixel.
-            logits = resize(logits.float(), image.shape[:2])  # (1, K, H, W)
-            total += logits.flip(3) if mirrored else logits
-        return (total / len(views)).softmax(1)[0]  # (K, H, W)
+            logits = resize(logits.float(), size)  # (1, K, H, W)
+            if mirrored:
+                logits = logits.flip(3)
+            total += logits
+        mean = total / len(views)
+        return mean.softmax(1)[0]  # (K, H, W)
     return predict
 
 
@@ -201,10 +213,11 @@ def main():
     if args.images:  # needs the run's checkpoint, but no dataset
         saved = read_checkpoint(folder / "checkpoint.pt", "3_segment")
         facts = saved["facts"]
-        model = DeepLab(facts["arch"], "none", len(facts["classes"]))
+        classes = facts["classes"]
+        model = DeepLab(facts["arch"], "none", len(classes))
         load_trained(model, saved["model"])
         predict = predictor(model, args, machine)
-        return mask_photos(predict, args, folder, machine, crf, facts["classes"])
+        return mask_photos(predict, args, folder, machine, crf, classes)
 
     data = open_run(args, machine)
     if args.masks is None:
@@ -212,8 +225,12 @@ def main():
     elif "SegmentationClass" in args.masks.name:
         note(f"--masks {args.masks}: true masks; this run is an upper bound")
     ids = data.ids(args.split, args.limit)
-    predicted = args.predict or ("val" if data.has("val") else args.split)
-    lists = {split: data.ids(split, args.limit) for split in predicted.split(",")}
+    predicted = args.predict
+    if not predicted:
+        predicted = "val" if data.has("val") else args.split
+    lists = {}
+    for split in predicted.split(","):
+        lists[split] = data.ids(split, args.limit)
     if MAIN:
         # Masks of our own stages lie in <stage>/masks/<split>, and the stage's args.json says which
         # classes they number. Of others nobody does: where they number them otherwise, most masks
@@ -224,7 +241,8 @@ def main():
         for photos in lists.values():  # what is predicted needs no mask
             check_inputs(data, photos)
         digests = data.digests(args.split)
-        digests["masks"] = files_digest([find_file(args.masks, i) for i in ids])
+        learned = [find_file(args.masks, i) for i in ids]
+        digests["masks"] = files_digest(learned)
         digests["weights"] = weights_digest(args.arch, args.weights)
         # What --predict names may change between runs: the model does not depend on it.
         looked_at = {**lists, args.split: ids}
@@ -234,7 +252,8 @@ def main():
     if is_finished(folder, masks):
         return
     torch.manual_seed(args.seed)  # of the new layers' first weights
-    model = machine.place(DeepLab(args.arch, args.weights, len(data.classes)))
+    model = DeepLab(args.arch, args.weights, len(data.classes))
+    model = machine.place(model)
     train(model, data, ids, args, machine, folder)
     predict = predictor(model, args, machine)
     write_masks(predict, masks, machine, crf)
