@@ -98,7 +98,8 @@ class Classifier(nn.Module):
     def maps(self, image):
         """The CAM before any scaling: evidence for each class at each place, (B, K-1, h, w).
 
-        image (B, 3, H, W), normalised; h = H/16, w = W/16. Class k of the dataset is channel k-1.
+        image (B, 3, H, W), normalised; h = H/16, w = W/16, rounded up. Class k of the dataset is
+        channel k-1.
         """
         x = self.backbone(conv_layout(image))  # (B, C, h, w)
         return self.classifier(x)              # (B, K-1, h, w), a linear layer at every place
@@ -353,7 +354,7 @@ def random_window(rng, sides, size):
 
 
 # ------------------------------------------------------------------------ the classifier's training
-# A photo may show several classes, so each class is a question of its own, answered yes or no. The
+# A photo may show several classes, so each class is a question of its own, answered yes or no.
 # With y the target, 0 or 1, and s the raw score, the loss is the mean over images and classes of
 #
 #     - y log sigmoid(s) - (1 - y) log sigmoid(-s)
@@ -458,8 +459,8 @@ def seeds_from_classifier(data, labels, args, machine, folder):
 #                           class is     belongs to it        colours         is sure
 #
 # (E1) to (E24) are findings about CLIP-ES's code, AUDIT.md part 5. Where that code parts from its
-# paper, ours does what the published numbers were made with. # PAPER and # RELEASED are marks of
-# WeakCLIP's code; this section cites CLIP-ES's by (E) numbers, and marks its own choices # GUESS.
+# paper, ours does what the published numbers were made with. Of stage 2's marks, # PAPER and
+# # RELEASED, none is used here: (E) numbers cite CLIP-ES, # GUESS marks what is our own choice.
 # J is the number of classes in the photo, h x w the grid of its patches, N = h * w.
 
 TEMPLATE = "a clean origami {}."  # the template with the sharpest response; one, no ensemble (E1)
@@ -555,7 +556,7 @@ def patch_tokens(visual, image, positions):
 
 
 def min_max(maps):
-    """Maps (J, h, w), each stretched: (x - min x) / (1e-7 + max(x - min x)), from 0 to under 1."""
+    """Maps (J, h, w), each stretched: (x - min x) / (1e-7 + max(x - min x)), 0 to at most 1."""
     maps = maps - maps.amin((1, 2), keepdim=True)
     return maps / (1e-7 + maps.amax((1, 2), keepdim=True))
 
@@ -629,7 +630,7 @@ def box_mask(cam, threshold):
     A region with a hole has one box, that of its rim; CLIP-ES's code gives the hole a box too,
     inside that one (E12).
     """
-    levels = (cam.cpu() * 255).byte()  # the maximum is 254: min_max ends just under 1 (E7)
+    levels = (cam.cpu() * 255).byte()  # the maximum is 254: twice min_max ends just under 1 (E7)
     above = levels > int(threshold * int(levels.max()))
     # Each cell above starts with a number of its own. Every cell takes the largest one next to it,
     # again and again, until nothing changes: then all cells of a region have the same.
@@ -673,10 +674,10 @@ def clip_scores(cams, size):
 def wrapped_colours(image):
     """Photo (H, W, 3) uint8 RGB -> what CLIP-ES's CRF compares, (3, H, W) uint8.
 
-    Blue, green, red minus (104.008, 116.669, 122.675), which is another mean of ImageNet than
-    IMAGENET_COLOURS has, as a byte: what is darker than that wraps round to
-    the bright end. So black (152, 140, 134) and white (150, 138, 132) look alike, and greys of 103
-    and 104 are 255 apart in blue. A slip, but the published numbers contain it (E16).
+    Blue, green and red less (104.008, 116.669, 122.675), another mean of ImageNet than the one in
+    IMAGENET_COLOURS. The difference is kept as a byte, so what is darker wraps round to the bright
+    end: black (152, 140, 134) and white (150, 138, 132) look alike, and greys of 103 and 104 are
+    255 apart in blue. A slip, but the published numbers contain it (E16).
     """
     x = torch.from_numpy(image).flip(2) - torch.tensor([104.008, 116.669, 122.675])
     return x.long().byte().permute(2, 0, 1)  # cut to whole numbers, of which a byte is kept
@@ -793,7 +794,7 @@ def seeds_from_clip(model, data, labels, machine, folder):
 class Lattice:
     """Gaussian filter exp(-|f - f'|^2 / 2) over P points with d features: splat, blur, slice.
 
-    Values (BP, K) are filtered by slice(blur(splat(values))), (BP, K).
+    Values (BP, K), BP = B * P, are filtered by slice(blur(splat(values))), (BP, K).
     features (B, d, ...) float32, the P points in one or more dimensions: each of the B images has a
     lattice of its own, all are filtered in one go. Each of the three steps is a sparse matrix, see
     `weighted_sums`. On a GPU the host waits twice, for the span of the features and for the number
@@ -1012,7 +1013,7 @@ def dense_crf(probs, image, gaussian, bilateral):
         Q0 = softmax(-U),  Q <- softmax(-U + sum_m w_m D_m^-1/2 k_m D_m^-1/2 Q)
         U = -log probs,    k_m and w_m the two kernels and their weights,    D_m = row sums of k_m
 
-    probs (B, K, H, W) positive, need not sum to one over K; image (B, 3, H, W) RGB 0..255, on any
+    probs (B, K, H, W) positive, need not sum to one over K; image (B, 3, H, W) of 0..255, on any
     device; gaussian (sxy, weight) of the kernel of positions, bilateral (sxy, srgb, weight) of that
     of positions and colours, sxy in pixels, srgb in grey levels; the names are pydensecrf's (both
     are Gaussians).
@@ -1244,7 +1245,7 @@ def resume(folder, model, optimizer, facts, frozen=()):
     """Bring model and optimizer to the last checkpoint; returns how many iterations are done.
 
     0 without a checkpoint. Raises ValueError for one of another run. Every process of torchrun
-    cuts the log, and all do before one of them adds to it: an iteration wants all of them.
+    cuts the log, and all do so before any adds to it: no iteration ends before all are in it.
     """
     path, saved = folder / "checkpoint.pt", {"step": 0, "log_bytes": 0}
     if path.is_file():
@@ -1310,7 +1311,7 @@ def common_options(docstring, iters, lr, batch_size, crop, arch=None):
         parser.add_argument(name, type=number(smallest),
                             default=None if isinstance(default, str) else default,
                             help=f"{text} [{default}]")
-    # These change speed, but results no more than by rounding.
+    # These three change speed, but results no more than by rounding.
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or mps [the best]")
     parser.add_argument("--amp", action="store_true", help="bfloat16: less memory, coarser")
     parser.add_argument("--deterministic", action="store_true", help="equal bits on a GPU too")
@@ -1328,7 +1329,7 @@ def open_run(args, machine):
     args.split = args.split or data.training_split()
     note(f"{data.root}: the training list is {args.split}, {len(data.ids(args.split))} images")
     note_leaks(data, args.split)
-    if getattr(args, "label_filter", False):  # known by the labels that it filters with
+    if getattr(args, "label_filter", False):  # recorded as the digest of the labels it filters by
         labels = data.image_labels(data.ids(args.split, args.limit))
         args.label_filter = data.digests(labels=json.dumps(labels))["labels"]
     if args.crop % 32:  # the coarsest stride of any network here

@@ -16,7 +16,7 @@ written once. What is left for this file is what makes stage 3 different: its ne
 loop and its recipe.
 
 Shapes stand at the ends of lines: B images of a batch, K classes with background first, C channels,
-H W pixels, h w of a resized photo.
+H W pixels, h w of a resized photo; quotients are rounded up.
 """
 import functools
 from pathlib import Path
@@ -233,8 +233,8 @@ def main():
         lists[split] = data.ids(split, args.limit)
     if MAIN:
         # Masks of our own stages lie in <stage>/masks/<split>, and the stage's args.json says which
-        # classes they number. Of others nobody does: where they number them otherwise, most masks
-        # have a class that the photo's labels lack.
+        # classes they number. No file says it of other masks: numbered otherwise, most of them have
+        # a class that the photo's labels lack.
         ours = check_classes(data, args.masks.parent.parent)
         labels = {} if ours else data.known_labels(ids)
         check_inputs(data, ids, args.masks, labels, tolerated=0.5)
