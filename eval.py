@@ -642,7 +642,7 @@ def start_run(folder, args, data, lists, digests, device, mask_options=()):
 
 
 def check_classes(data, folder):
-    """True where args.json says that a stage numbered the dataset's classes, False without a word.
+    """True where args.json says that a stage numbered the dataset's classes, else False.
 
     Raises ValueError for other classes: a number would mean another thing, and its score would look
     right.
@@ -930,7 +930,7 @@ def score_runs(data, folder):
                 row.update(record.get("provenance", {}))
                 # Image-level labels are given for training images alone: val is never filtered.
                 row["label_filter"] = bool(row["label_filter"]) and splits[0] == training
-                # With --checkpoint nothing was learned here. SegmentationClass: true masks.
+                # With --checkpoint nothing was learned here. SegmentationClass means true masks.
                 learned = options.get("masks", options.get("seeds"))
                 row["learned_from"] = options.get("checkpoint") or learned
                 rows.append(row)

@@ -83,7 +83,7 @@ class Switches:
     score_loss_over_valid: bool = True  # (24) released: divided by all pixels, unsure ones too
     clip_normalisation: bool = True  # (26) released: ImageNet's mean and standard deviation
     train_listed_twice: bool = False  # (27) released: VOC's 1,464 train images count twice
-    pad_windows: bool = True  # (30) released: windows lose columns beyond a multiple of 16
+    pad_windows: bool = True  # (30) released: windows lose pixels beyond a multiple of 16
 
     # For study: the parts of the paper, and its constants.
     prompts: bool = True  # learnable vectors (contexts) before the class name
@@ -481,7 +481,7 @@ class WeakCLIP(nn.Module):
         self.crop = crop
         # What begins so is left out of checkpoints, which would each hold the same 150 M numbers.
         self.frozen = ("clip.",) if switches.freeze_clip else ()
-        self.outputs = slice(None)  # channels that are classes: all, but of released COCO's 91 (32)
+        self.outputs = slice(None)  # channels that are classes: all; 81 of released COCO's 91 (32)
         self.register_buffer("token_ids", token_ids, persistent=False)
         K = len(token_ids)
         visual = clip_model.visual
@@ -568,8 +568,8 @@ class WeakCLIP(nn.Module):
     def encode_text(self):
         """Class texts (K, D): of each class [start, contexts, name, end], read at the end token.
 
-        The mask is causal, every token sees itself and those before it; so the end token is the
-        first that has seen the whole name, and what pads the shorter names behind it is not seen.
+        The mask is causal, every token sees itself and those before it; so the end token has
+        seen the whole name, and what pads the shorter names behind it is not seen.
         A class of VOC takes P + L = 8 + 5 tokens, P of them contexts. All K go through the encoder
         as one batch, once in a forward pass of training, and once for all masks: no text depends
         on an image.
@@ -793,7 +793,7 @@ def crf_image(image, size, switches):
 
 
 def weakclip_losses(logits, score, image, seeds, switches):
-    """The losses of a batch by name, scalars, weighted: their sum is trained.
+    """The losses of a batch by name, scalars, weighted: their sum is minimised.
 
         L = seeding_loss + boundary_weight * boundary_loss + score_weight * score_loss  (1 and 0.4)
     logits (B, K, ., .), score (B, K, h, w), image (B, 3, H, W) normalised, seeds (B, H, W) int64.
@@ -927,7 +927,7 @@ def seeded_image(data, seeds, crop, switches, image_id, rng):
     H, W = image.shape[:2]
     path = find_file(seeds, image_id)
     label = read_label(path, len(data.classes), (H, W))  # (H, W)
-    # Objects are shown half to twice as large as in the photo whose short side is the crop; the
+    # Objects are shown half to twice as large as with the photo's short side at one crop; the
     # long side is at most 4 * crop * ratio, as released. A photo of 375 x 500 gets
     # 256 x 341 pixels at least, which leaves two thirds of a crop of 512 to padding, and 1024 x
     # 1365 at most, of which the crop shows a fifth.
@@ -1101,7 +1101,7 @@ def window_logits(model, x, text):
 
     CLIP reads whole patches of 16 pixels, so a window is padded to a multiple of 16, at least 32,
     and its logits are cut back.
-    # RELEASED pad_windows: up to 15 columns are lost and the logits stretched over them (30).
+    # RELEASED pad_windows: up to 15 rows and columns are lost, the logits stretched over them (30).
     """
     h, w = x.shape[2:]
     if model.switches.pad_windows:

@@ -11,7 +11,7 @@ training pictures, only a name: the picture belongs to the text whose vector poi
       v                                            v
     196 vectors and a class token                49406 320 2368 49407 0 0 ...
       | + positions, ln_pre                        | table of vectors, + positions
-      | 12 blocks, all tokens see all              | 12 blocks, each token sees those before it
+      | 12 blocks, all tokens see all              | 12 blocks, each token sees none behind it
       v                                            v
     the class token, ln_post, projection         the end token, ln_final, projection
       v                                            v
@@ -212,8 +212,8 @@ class VisionTransformer(nn.Module):
     def forward(self, image):
         x = self.embed(image)                                                  # (B, 1 + h*w, C)
         x = self.transformer(x)                                                # (B, 1 + h*w, C)
-        # Only the class token was trained to lie near texts. WeakCLIP and CLIP-ES send the patches'
-        # tokens through the same two maps.
+        # Only the class token was trained to lie near texts. Stages 1 (--method clip) and 2 send
+        # the patches' tokens through these two maps as well.
         x = self.ln_post(x[:, 0])                                              # (B, C)
         return x @ self.proj                                                   # (B, output_dim)
 
@@ -287,8 +287,8 @@ class CLIP(nn.Module):
             g = ln_final(transformer(embedding[tokens] + positions))[end] @ text_projection
 
         The mask is causal (CLIP kept it so that the encoder could start as a language model), so a
-        token knows only what stands before it: the end token is the one that has seen the whole
-        text, and the zeros that pad it are seen by none. So the feature is read there.
+        token knows only itself and what stands before it. The end token has seen the whole text,
+        and none of the zeros that pad it. So the feature is read there.
         AUDIT.md: (37).
         """
         # The end token's id, 49407, is the largest of all; of several the first is taken.
@@ -296,7 +296,7 @@ class CLIP(nn.Module):
         return self.encode_vectors(self.token_embedding(tokens), end)          # (B, embed_dim)
 
     def encode_vectors(self, x, end):
-        """The same of texts that are vectors already, x (B, L, C); `end` (B,): their end tokens.
+        """The same of texts that are vectors already, x (B, L, C); end (B,): where each text ends.
 
         So stage 2 puts vectors of its own among those of a class's name.
         """

@@ -6,7 +6,7 @@ from text: again and again the commonest pair became a symbol of its own. So fre
 one symbol, rare ones a few, and nothing is unknown, since every byte is a symbol. Worked example,
 "cats":
 
-    c a t s</w>   four bytes; </w> marks a word's end: "cat" there and in "catalogue" are two things
+    c a t s</w>   four bytes; </w> marks a word's end: "cat" alone and in "catalogue" are two things
     c at s</w>    of its pairs, (a t) is merge 15, (t s</w>) 78, (c a) 260: the smallest is joined
     c ats</w>     of what is left, (at s</w>) is merge 520, (c at) 969
     cats</w>      (c ats</w>) is merge 3,477: one symbol, whose id is 512 + 3,477 = 3,989

@@ -56,7 +56,7 @@ def fetch(url, digest, folder, instead):
 
 
 def load(name, seed=0):
-    """(CLIP in float32 on the CPU, in eval mode; what tells it from another: its file's sha256).
+    """(CLIP in float32 on the CPU; what tells it from another: its file's sha256, or the seed).
 
     name: "ViT-B/16", OpenAI's, which is downloaded once, or a file, OpenAI's archive or a state
     dict. "random" is an untrained CLIP, drawn from the seed: for tests and timings, it knows
