@@ -837,7 +837,8 @@ def confusion(truth, prediction, K):
     # has a row for every byte; those of the classes are kept, and row 255 is not.
     pair = truth.astype(np.int64) * (K + 1) + column                     # (H, W)
     counts = np.bincount(pair.ravel(), minlength=256 * (K + 1))
-    return counts.reshape(256, K + 1)[:K]
+    # Copied, since a view would keep all 256 rows in memory, for every photo of the list.
+    return counts.reshape(256, K + 1)[:K].copy()
 
 
 def scores(matrix):
