@@ -424,6 +424,7 @@ def train(model, data, labels, args, machine, folder):
         # A line of the log every 10 iterations, the checkpoint every 500 and after the last.
         log(folder, bar, step, optimizer, {"loss_multilabel": total})
         save(folder, model, optimizer, step + 1, args.iters, facts)
+    machine.share_buffers(model)
 
 
 def seeds_from_classifier(data, labels, args, machine, folder):
@@ -704,8 +705,7 @@ def clip_seed(model, texts, image, present, threshold, machine):
     """
     size, J = image.shape[:2], len(present)
     if J == 0:  # a photo of nothing that has a name is all background (E21)
-        cams = torch.zeros(0, *cam_grid(*size))
-        return {"cam": cams.half()}, np.zeros(size, np.uint8)
+        return {"cam": torch.zeros(0, *cam_grid(*size)).half()}, np.zeros(size, np.uint8)
     foreground, background = texts
     here = torch.cat([foreground[[k - 1 for k in present]], background])     # (J + words, D)
     x = clip_input(image).to(machine.device)                                 # (1, 3, 16h, 16w)
@@ -889,8 +889,7 @@ def onto_plane(features):
     d, P = features.shape
     x = features.new_zeros(d + 1, P)
     for i in range(d, 0, -1):
-        length = math.sqrt(i * (i + 1))
-        f = features[i - 1] * (math.sqrt(2 / 3) * (d + 1) / length)
+        f = features[i - 1] * (math.sqrt(2 / 3) * (d + 1) / math.sqrt(i * (i + 1)))
         x[:i] += f
         x[i] -= i * f
     return x
@@ -1117,14 +1116,16 @@ class Machine:
         All then take the same step, so that parameters stay equal without being sent. Each loss is
         a mean over its process's share. Where that is a mean over sure pixels only, the mean of the
         processes' means is not quite the mean over the whole batch.
-        BatchNorm's running statistics are no parameters. Where each process has its own, all get
-        the first one's, which the checkpoint holds.
         """
         if self.world > 1:
             for p in model.parameters():
                 if p.grad is not None:
                     dist.all_reduce(p.grad)  # the sum
                     p.grad /= self.world
+
+    def share_buffers(self, model):
+        """After training: every process gets the running statistics that the checkpoint holds."""
+        if self.world > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 

@@ -175,7 +175,7 @@ def resized_pyramid(grids):
     return [
         F.interpolate(grids[0], scale_factor=4, mode="bilinear"),  # (B, C, 4h, 4w)
         F.interpolate(grids[1], scale_factor=2, mode="bilinear"),  # (B, C, 2h, 2w)
-        F.interpolate(grids[2], scale_factor=1, mode="bilinear"),  # (B, C, h, w), as it was
+        grids[2],  # (B, C, h, w)
         F.max_pool2d(grids[3], 2)]  # (B, C, h // 2, w // 2)
 
 
@@ -1052,8 +1052,7 @@ def train(model, data, ids, args, machine, folder, facts):
     bar = batches(ids, make, args, start, machine)
     for step, parts in bar:
         # Dropout draws from (seed, iteration, process), so that a resumed run draws the same.
-        turn = step * machine.world + machine.rank
-        torch.manual_seed((args.seed << 32) + turn)
+        torch.manual_seed((args.seed << 32) + step * machine.world + machine.rank)
         for group in optimizer.param_groups:
             group["lr"] = warm_cosine(group["base_lr"], step, args.iters)
         optimizer.zero_grad()
@@ -1073,6 +1072,7 @@ def train(model, data, ids, args, machine, folder, facts):
         optimizer.step()
         log(folder, bar, step, optimizer, terms)
         save(folder, model, optimizer, step + 1, args.iters, facts, model.frozen)
+    machine.share_buffers(model)
 
 
 # ==================================================================================== inference

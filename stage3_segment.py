@@ -158,6 +158,7 @@ def train(model, data, ids, args, machine, folder):
         optimizer.step()
         log(folder, bar, step, optimizer, {"loss_cross_entropy": total})
         save(folder, model, optimizer, step + 1, args.iters, facts)
+    machine.share_buffers(model)
 
 
 # ==================================================================================== inference
@@ -238,8 +239,8 @@ def main():
         ours = check_classes(data, args.masks.parent.parent)
         labels = {} if ours else data.known_labels(ids)
         check_inputs(data, ids, args.masks, labels, tolerated=0.5)
-        for photos in lists.values():  # what is predicted needs no mask
-            check_inputs(data, photos)
+        # Photos that are only predicted need no mask.
+        check_inputs(data, sorted(set().union(*lists.values()).difference(ids)))
         digests = data.digests(args.split)
         learned = [find_file(args.masks, i) for i in ids]
         digests["masks"] = files_digest(learned)

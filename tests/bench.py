@@ -164,7 +164,7 @@ def step(code, bf16):
 
 def masks(code):
     """A pseudo mask of one photo: two scales, mirrored too, then the CRF."""
-    args = SimpleNamespace(scales=[0.5, 1], flip=True, no_flip=False)
+    args = SimpleNamespace(scales=[0.5, 1], flip=True, no_flip=False)  # no_flip: the old name
     machine = code.stage1_cam.Machine("cpu", False)
     crop = [512] if code.old else []  # the new network knows its crop
     predict = code.stage2_weakclip.predictor(network(code), args, *crop, machine)
